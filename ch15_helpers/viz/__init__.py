@@ -1,0 +1,26 @@
+"""Figures and explorers of the book. Only notebooks import it: it needs matplotlib and widgets."""
+
+from ch15_helpers.viz.explore import Axis, Curve, Readout, Slider, explore_formula, explore_grid
+from ch15_helpers.viz.plots import (
+    before_after,
+    breakdown,
+    line_chart,
+    new_figure,
+    roofline_chart,
+    show_figure,
+)
+
+__all__ = [
+    "Axis",
+    "Curve",
+    "Readout",
+    "Slider",
+    "before_after",
+    "breakdown",
+    "explore_formula",
+    "explore_grid",
+    "line_chart",
+    "new_figure",
+    "roofline_chart",
+    "show_figure",
+]
