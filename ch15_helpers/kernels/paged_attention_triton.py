@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# Triton reads the kernels' signatures itself: constexpr, pointers and strides have no Python types.
 """Paged attention in Triton: balanced decode over the whole batch, and tiled chunked prefill.
 
 Decode is bound by the bytes of K and V. Each tile of ``BLOCK_N`` tokens of every sequence is one
@@ -52,7 +54,7 @@ def _load_rows(cache_ptr, table_ptr, tokens, in_range, stride_block, stride_toke
 
 
 @triton.jit
-def _attend(q, k, v, visible, scale_log2, m, l, acc, PRECISION: tl.constexpr):  # noqa: E741
+def _attend(q, k, v, visible, scale_log2, m, denom, acc, PRECISION: tl.constexpr):
     """One tile of online softmax in base two; ``visible`` masks keys that a row must not see."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     s = tl.where(visible, s, float("-inf"))
@@ -61,9 +63,9 @@ def _attend(q, k, v, visible, scale_log2, m, l, acc, PRECISION: tl.constexpr):  
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s - m_safe[:, None])
     alpha = tl.exp2(m - m_safe)
-    l = l * alpha + tl.sum(p, 1)  # noqa: E741
+    denom = denom * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    return m_new, l, acc
+    return m_new, denom, acc
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def _decode_kernel(
         q_row = q_ptr + seq * stride_q_token + kv_head * GROUP * stride_q_head
         q = tl.load(q_row + rows[:, None] * stride_q_head + d[None, :], mask=q_mask, other=0.0)
         m = tl.full([ROWS], float("-inf"), tl.float32)
-        l = tl.zeros([ROWS], tl.float32)  # noqa: E741
+        denom = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, D_PAD], tl.float32)
         table = table_ptr + seq.to(tl.int64) * stride_table
         for n in range((tile - seq_start) * BLOCK_N, (stop - seq_start) * BLOCK_N, BLOCK_N):
@@ -108,12 +110,12 @@ def _decode_kernel(
             ok = tokens < context
             k = _load_rows(k_ptr, table, tokens, ok, stride_block, stride_token, PAGE, D, D_PAD)
             v = _load_rows(v_ptr, table, tokens, ok, stride_block, stride_token, PAGE, D, D_PAD)
-            m, l, acc = _attend(q, k, v, ok[None, :], scale_log2, m, l, acc, PRECISION)
+            m, denom, acc = _attend(q, k, v, ok[None, :], scale_log2, m, denom, acc, PRECISION)
         # (worker, seq) only ever grows in one coordinate or both, so the sum numbers the partials.
         part = ((worker + seq) * num_kv_heads + kv_head) * ROWS + rows
         tl.store(part_acc_ptr + part[:, None] * D_PAD + d[None, :], acc)
         tl.store(part_ml_ptr + part * 2, m)
-        tl.store(part_ml_ptr + part * 2 + 1, l)
+        tl.store(part_ml_ptr + part * 2 + 1, denom)
         tile = stop
         seq += 1
 
@@ -135,7 +137,7 @@ def _merge_kernel(
     rows = tl.arange(0, ROWS)
     d = tl.arange(0, D_PAD)
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)  # noqa: E741
+    denom = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     if end > begin:
         # Worker w starts at tile w * total // active; these invert that.
@@ -149,10 +151,10 @@ def _merge_kernel(
             acc_part = tl.load(part_acc_ptr + part[:, None] * D_PAD + d[None, :])
             m_new = tl.maximum(m, m_part)
             alpha, beta = tl.exp2(m - m_new), tl.exp2(m_part - m_new)
-            l = l * alpha + l_part * beta  # noqa: E741
+            denom = denom * alpha + l_part * beta
             acc = acc * alpha[:, None] + acc_part * beta[:, None]
             m = m_new
-    out = acc / tl.where(l > 0.0, l, 1.0)[:, None]
+    out = acc / tl.where(denom > 0.0, denom, 1.0)[:, None]
     out_row = out_ptr + seq * stride_out_token + kv_head * GROUP * stride_out_head
     mask = (rows < GROUP)[:, None] & (d < D)[None, :]
     tl.store(out_row + rows[:, None] * stride_out_head + d[None, :],
@@ -193,7 +195,7 @@ def _prefill_kernel(
         kv_head * GROUP + head) * stride_q_head  # fmt: skip
     q = tl.load(q_ptr + q_offset[:, None] + d[None, :], mask=mask, other=0.0)
     m = tl.full([BLOCK_Q * GROUP_PAD], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_Q * GROUP_PAD], tl.float32)  # noqa: E741
+    denom = tl.zeros([BLOCK_Q * GROUP_PAD], tl.float32)
     acc = tl.zeros([BLOCK_Q * GROUP_PAD, D_PAD], tl.float32)
     table = table_ptr + seq.to(tl.int64) * stride_table
     k_ptr += kv_head * stride_kv_head
@@ -205,14 +207,14 @@ def _prefill_kernel(
         k = _load_rows(k_ptr, table, tokens, ok, stride_block, stride_token, PAGE, D, D_PAD)
         v = _load_rows(v_ptr, table, tokens, ok, stride_block, stride_token, PAGE, D, D_PAD)
         visible = ok[None, :] & (tokens[None, :] <= position[:, None])
-        m, l, acc = _attend(q, k, v, visible, scale_log2, m, l, acc, PRECISION)
-    out = acc / tl.where(l > 0.0, l, 1.0)[:, None]
+        m, denom, acc = _attend(q, k, v, visible, scale_log2, m, denom, acc, PRECISION)
+    out = acc / tl.where(denom > 0.0, denom, 1.0)[:, None]
     o_offset = (q_begin + token).to(tl.int64) * stride_out_token + (
         kv_head * GROUP + head) * stride_out_head  # fmt: skip
     tl.store(out_ptr + o_offset[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _num_processors(device: torch.device) -> int:
     if device.type != "cuda":  # Triton's interpreter, used to debug without a GPU.
         return 2
