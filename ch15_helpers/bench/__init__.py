@@ -1,0 +1,1 @@
+"""Measuring: timing, roofline, results, expectations, profiles and notebook execution."""
