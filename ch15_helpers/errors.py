@@ -1,0 +1,48 @@
+"""Typed errors. Each message says what was wrong, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class Ch15Error(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ModelLoadError(Ch15Error):
+    """Weights, configuration or tokenizer cannot be read; names the file and the tensor."""
+
+
+class InvalidRequestError(Ch15Error, ValueError):
+    """A request or one of its sampling parameters makes no sense."""
+
+
+class CapacityError(Ch15Error):
+    """More KV blocks are needed than there are.
+
+    Attributes:
+        blocks_needed: blocks that the operation needs.
+        blocks_total: blocks that the pool has (or has free, as the message says).
+    """
+
+    def __init__(self, message: str, blocks_needed: int = 0, blocks_total: int = 0) -> None:
+        super().__init__(message)
+        self.blocks_needed = blocks_needed
+        self.blocks_total = blocks_total
+
+
+class UnknownTargetError(Ch15Error, KeyError):
+    """A target, profile, device or parameter name that does not exist; lists the valid ones."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class ExpectationsError(Ch15Error):
+    """An expectations file is malformed; names the file and the field."""
+
+
+class HardwareError(Ch15Error):
+    """The device that was asked for is not there or cannot do what was asked."""
+
+
+class NotebookError(Ch15Error):
+    """A notebook failed to execute; names the notebook, the cell and the error."""

@@ -1,0 +1,1 @@
+"""One operation per file: a portable version, and a Triton one where it pays."""

@@ -1,0 +1,111 @@
+"""Attention over the paged KV cache: one signature, three backends.
+
+Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention", SOSP 2023. ``reference`` is plain maths, one sequence at a time; ``sdpa`` gathers
+pages and calls torch's fused attention; ``triton`` reads the pages where they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.paged_attention_sdpa import paged_attention_sdpa
+
+BACKENDS = ("auto", "reference", "sdpa", "triton")
+
+
+def default_backend(device: torch.device | str) -> str:
+    """The backend that ``auto`` means on a device: ``triton`` on CUDA, ``sdpa`` elsewhere."""
+    return "triton" if torch.device(device).type == "cuda" else "sdpa"
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: BatchMetadata,
+    scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention of each query over its own sequence's pages.
+
+    Query ``i`` of a sequence with ``n`` queries sits at position ``context_len - n + i`` and sees
+    the positions up to its own. K and V of this step must already be in the cache.
+
+    Args:
+        q: [num_tokens, num_heads, head_dim], the flat batch.
+        k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], any strides.
+        batch: where each sequence's queries and pages are.
+        scale: multiplies the scores, usually ``head_dim ** -0.5``.
+        backend: one of :data:`BACKENDS`; ``auto`` is :func:`default_backend`, and falls back to
+            ``sdpa`` with a warning where the Triton kernel does not support the shape.
+
+    Returns:
+        [num_tokens, num_heads, head_dim], the dtype of ``q``. Rows of padding sequences hold
+        unspecified values.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; expected one of {BACKENDS}")
+    chosen = default_backend(q.device) if backend == "auto" else backend
+    if chosen == "triton" and backend == "auto":
+        reason = triton_unsupported_reason(q, k_cache)
+        if reason is not None:
+            warnings.warn(f"paged attention uses sdpa, not triton: {reason}", stacklevel=2)
+            chosen = "sdpa"
+    if chosen == "reference":
+        return paged_attention_reference(q, k_cache, v_cache, batch, scale)
+    if chosen == "sdpa":
+        return paged_attention_sdpa(q, k_cache, v_cache, batch, scale)
+    from ch15_helpers.kernels.paged_attention_triton import paged_attention_triton
+
+    return paged_attention_triton(q, k_cache, v_cache, batch, scale)
+
+
+def triton_unsupported_reason(q: Tensor, k_cache: Tensor) -> str | None:
+    """Why the Triton kernel cannot run on these tensors, or None when it can."""
+    try:
+        from ch15_helpers.kernels.paged_attention_triton import can_use_triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if can_use_triton(q, k_cache):
+        return None
+    return (
+        f"head_dim {q.shape[-1]}, queries {q.dtype} and cache {k_cache.dtype} on {q.device.type} "
+        "are not what its kernel takes"
+    )
+
+
+def paged_attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata, scale: float
+) -> Tensor:
+    """Scores, softmax and weighted sum written out in float32, one sequence at a time.
+
+    Runs wherever torch runs. It reads the lengths on the host, so it cannot be captured in a
+    CUDA graph.
+    """
+    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    group = q.shape[1] // kv_heads
+    out = torch.empty_like(q)
+    query_lens = batch.query_lens_host or tuple(batch.query_starts.diff().tolist())
+    context_lens = batch.context_lens_host or tuple(batch.context_lens.tolist())
+    start = 0
+    for seq, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
+        if query_len == 0 or context_len == 0:
+            start += query_len
+            continue
+        blocks = batch.block_tables[seq, : -(-context_len // block_size)].long()
+        keys = k_cache[blocks].flatten(0, 1)[:context_len].float()
+        values = v_cache[blocks].flatten(0, 1)[:context_len].float()
+        queries = q[start : start + query_len].float().unflatten(1, (kv_heads, group))
+        scores = torch.einsum("qhgd,khd->hgqk", queries, keys) * scale
+        positions = torch.arange(context_len, device=q.device)
+        visible = positions <= positions[context_len - query_len :, None]
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        mixed = torch.einsum("hgqk,khd->qhgd", weights, values)
+        out[start : start + query_len] = mixed.flatten(1, 2).to(q.dtype)
+        start += query_len
+    return out

@@ -1,0 +1,43 @@
+"""Root-mean-square normalisation, alone or with the residual addition before it.
+
+Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+from torch import Tensor
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension.
+
+    The mean is taken in float32 whatever the dtype, and the normalised value is rounded to the
+    input dtype before the weight multiplies it: the order that the models were trained with.
+
+    Args:
+        x: [..., hidden].
+        weight: [hidden].
+        eps: added to the mean square.
+        residual: [..., hidden]; when given, ``x + residual`` is normalised.
+
+    Returns:
+        The normalised tensor; with ``residual``, the pair (normalised, ``x + residual``).
+    """
+    if residual is None:
+        return _normalise(x, weight, eps)
+    total = x + residual
+    return _normalise(total, weight, eps), total
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype) * weight

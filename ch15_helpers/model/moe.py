@@ -1,0 +1,73 @@
+"""The mixture-of-experts block in its straightforward form: a loop over experts.
+
+Routing is Mixtral's (Jiang et al., 2024): softmax over all experts, the top k of them, and their
+weights normalised to sum to one unless the configuration says otherwise (Qwen3-MoE may).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ch15_helpers.kernels.swiglu import swiglu
+from ch15_helpers.model.config import ModelConfig
+
+
+class MoEBlock:
+    """Router and experts.
+
+    Attributes:
+        router: [num_experts, hidden].
+        gate_up_proj: [num_experts, 2 * moe_intermediate, hidden], gate rows first.
+        down_proj: [num_experts, hidden, moe_intermediate].
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        experts, hidden = config.num_experts, config.hidden_size
+        inner = config.moe_intermediate_size
+        self.router = torch.empty(experts, hidden, device=device, dtype=dtype)
+        self.gate_up_proj = torch.empty(experts, 2 * inner, hidden, device=device, dtype=dtype)
+        self.down_proj = torch.empty(experts, hidden, inner, device=device, dtype=dtype)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which experts each token goes to, and with what weight.
+
+        Args:
+            x: [N, hidden].
+
+        Returns:
+            weights float32 [N, k] and expert indices int64 [N, k].
+        """
+        scores = linear(x, self.router).float().softmax(dim=-1)
+        weights, experts = scores.topk(self.config.num_experts_per_tok, dim=-1)
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights, experts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, hidden] to [N, hidden]. Which experts run depends on the data."""
+        weights, experts = self.route(x)
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for expert in experts.unique().tolist():
+            tokens, choice = torch.where(experts == expert)
+            inner = swiglu(linear(x[tokens], self.gate_up_proj[expert]))
+            result = linear(inner, self.down_proj[expert]).float()
+            out.index_add_(0, tokens, result * weights[tokens, choice, None])
+        return out.to(x.dtype)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint names below ``model.layers.i.`` and the views that hold them."""
+        mixtral = self.config.architecture == "mixtral"
+        block = "block_sparse_moe" if mixtral else "mlp"
+        gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+        yield f"{block}.gate.weight", self.router
+        for expert in range(self.config.num_experts):
+            gate_rows, up_rows = self.gate_up_proj[expert].chunk(2)
+            prefix = f"{block}.experts.{expert}"
+            yield f"{prefix}.{gate}.weight", gate_rows
+            yield f"{prefix}.{up}.weight", up_rows
+            yield f"{prefix}.{down}.weight", self.down_proj[expert]

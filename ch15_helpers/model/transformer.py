@@ -1,0 +1,318 @@
+"""The causal GQA transformer that every chapter runs: Llama, Qwen3, Qwen3-MoE and Mixtral.
+
+One forward serves prefill chunks and decodes alike: tokens of all sequences lie side by side in
+one flat batch, and a :class:`BatchMetadata` says which pages each of them reads and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear, scaled_dot_product_attention
+
+from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.kv_write import write_kv
+from ch15_helpers.kernels.paged_attention import paged_attention
+from ch15_helpers.kernels.rms_norm import rms_norm
+from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache
+from ch15_helpers.kernels.swiglu import swiglu
+from ch15_helpers.model.config import ModelConfig
+from ch15_helpers.model.moe import MoEBlock
+from ch15_helpers.model.storage import empty_weight
+
+if TYPE_CHECKING:
+    from ch15_helpers.model.tokenizer import Tokenizer
+
+# Given q [N, heads, head_dim] and k, v [N, kv_heads, head_dim], returns [N, heads, head_dim].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class DenseMLP:
+    """Feed-forward block: ``down(silu(gate(x)) * up(x))``, with gate and up in one weight.
+
+    Attributes:
+        gate_up_proj: [2 * intermediate, hidden], gate rows first.
+        down_proj: [hidden, intermediate].
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        inner, hidden = config.intermediate_size, config.hidden_size
+        self.gate_up_proj = empty_weight(2 * inner, hidden, device, dtype)
+        self.down_proj = empty_weight(hidden, inner, device, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, hidden] to [N, hidden]."""
+        return linear(swiglu(linear(x, self.gate_up_proj)), self.down_proj)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint names below ``model.layers.i.`` and the views that hold them."""
+        gate, up = self.gate_up_proj.chunk(2)
+        yield "mlp.gate_proj.weight", gate
+        yield "mlp.up_proj.weight", up
+        yield "mlp.down_proj.weight", self.down_proj
+
+
+class DecoderLayer:
+    """Attention block and feed-forward block, each behind a norm and added to the residual.
+
+    Attributes:
+        qkv_proj: [(heads + 2 * kv_heads) * head_dim, hidden], rows of q, then k, then v.
+        o_proj: [hidden, heads * head_dim].
+        qkv_bias, o_bias: or None where the architecture has none.
+        q_norm, k_norm: [head_dim], per-head norms (Qwen3), or None.
+        input_norm, post_attention_norm: [hidden].
+        mlp: :class:`DenseMLP` or :class:`MoEBlock`.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_dim = config.num_attention_heads * head_dim
+        kv_dim = config.num_key_value_heads * head_dim
+        self.qkv_proj = empty_weight(q_dim + 2 * kv_dim, hidden, device, dtype)
+        self.o_proj = empty_weight(hidden, q_dim, device, dtype)
+        bias = config.attention_bias
+        self.qkv_bias = _vector(q_dim + 2 * kv_dim, device, dtype) if bias else None
+        self.o_bias = _vector(hidden, device, dtype) if bias else None
+        self.q_norm = _vector(head_dim, device, dtype) if config.qk_norm else None
+        self.k_norm = _vector(head_dim, device, dtype) if config.qk_norm else None
+        self.input_norm = _vector(hidden, device, dtype)
+        self.post_attention_norm = _vector(hidden, device, dtype)
+        block = MoEBlock if config.is_moe else DenseMLP
+        self.mlp: DenseMLP | MoEBlock = block(config, device, dtype)
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        cos_sin_cache: Tensor,
+        attend: Attend,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the layer on a flat batch.
+
+        The residual travels beside the hidden states, so that each addition is fused with the
+        norm that follows it.
+
+        Args:
+            hidden: [N, hidden], what the previous layer's feed-forward block returned.
+            residual: [N, hidden], the residual stream without ``hidden``; None in the first layer.
+            positions: int64 [N].
+            cos_sin_cache: see :func:`build_cos_sin_cache`.
+            attend: writes K and V where they belong and returns the attention's output.
+
+        Returns:
+            (hidden, residual) for the next layer.
+        """
+        eps = self.config.rms_norm_eps
+        if residual is None:
+            residual, x = hidden, rms_norm(hidden, self.input_norm, eps)
+        else:
+            x, residual = rms_norm(hidden, self.input_norm, eps, residual)
+        q, k, v = self.project_qkv(x, positions, cos_sin_cache)
+        mixed = attend(q, k, v).flatten(1)
+        x, residual = rms_norm(
+            linear(mixed, self.o_proj, self.o_bias), self.post_attention_norm, eps, residual
+        )
+        return self.mlp(x), residual
+
+    def project_qkv(
+        self, x: Tensor, positions: Tensor, cos_sin_cache: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both rotated) and values of normalised hidden states [N, hidden]."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        qkv = linear(x, self.qkv_proj, self.qkv_bias).unflatten(-1, (-1, self.config.head_dim))
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, self.q_norm, self.config.rms_norm_eps)
+            k = rms_norm(k, self.k_norm, self.config.rms_norm_eps)
+        q, k = apply_rope(q, k, cos_sin_cache, positions)
+        return q, k, v
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint names below ``model.layers.i.`` and the views that hold them."""
+        head_dim = self.config.head_dim
+        q_dim = self.config.num_attention_heads * head_dim
+        kv_dim = self.config.num_key_value_heads * head_dim
+        parts = zip("qkv", self.qkv_proj.split((q_dim, kv_dim, kv_dim)), strict=True)
+        for letter, weight in parts:
+            yield f"self_attn.{letter}_proj.weight", weight
+        yield "self_attn.o_proj.weight", self.o_proj
+        if self.qkv_bias is not None and self.o_bias is not None:
+            biases = zip("qkv", self.qkv_bias.split((q_dim, kv_dim, kv_dim)), strict=True)
+            for letter, bias in biases:
+                yield f"self_attn.{letter}_proj.bias", bias
+            yield "self_attn.o_proj.bias", self.o_bias
+        if self.q_norm is not None and self.k_norm is not None:
+            yield "self_attn.q_norm.weight", self.q_norm
+            yield "self_attn.k_norm.weight", self.k_norm
+        yield "input_layernorm.weight", self.input_norm
+        yield "post_attention_layernorm.weight", self.post_attention_norm
+        yield from self.mlp.named_weights()
+
+
+class Transformer:
+    """A model with its weights, on one device.
+
+    Attributes:
+        config, device, dtype: what it is and where.
+        layers: the :class:`DecoderLayer` objects, callable one by one.
+        embed_tokens: [vocab_size, hidden]; lm_head is the same tensor when they are tied.
+        final_norm: [hidden].
+        cos_sin_cache: float32 [max_position_embeddings, head_dim].
+        tokenizer: how text becomes ids, None for random weights.
+        source: what the weights were loaded from.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Allocates the weights uninitialised; :func:`load_model` fills them."""
+        self.config, self.device, self.dtype = config, device, dtype
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = torch.empty(shape, device=device, dtype=dtype)
+        self.layers = [DecoderLayer(config, device, dtype) for _ in range(config.num_hidden_layers)]
+        self.final_norm = _vector(config.hidden_size, device, dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = self.embed_tokens if tied else torch.empty_like(self.embed_tokens)
+        self.cos_sin_cache = build_cos_sin_cache(
+            config.head_dim,
+            config.max_position_embeddings,
+            config.rope_theta,
+            config.rope_scaling,
+            device,
+        )
+        self.scale = float(config.head_dim**-0.5)
+        self.tokenizer: Tokenizer | None = None
+        self.source = ""
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        pages: Tensor,
+        batch: BatchMetadata,
+        *,
+        attention_backend: str = "auto",
+        on_layer_done: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Runs one step and returns the logits of the rows that will be sampled.
+
+        Args:
+            token_ids, positions: int64 [N], the flat batch.
+            pages: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], any strides;
+                this step's K and V are written into it.
+            batch: queries, pages and slots of each sequence.
+            attention_backend: see :func:`paged_attention`.
+            on_layer_done: called with the layer's index once its K and V are in the pages.
+
+        Returns:
+            float32 [len(batch.logits_indices), vocab_size].
+        """
+        hidden = self.forward_hidden(
+            token_ids,
+            positions,
+            pages,
+            batch,
+            attention_backend=attention_backend,
+            on_layer_done=on_layer_done,
+        )
+        return self.compute_logits(hidden.index_select(0, batch.logits_indices))
+
+    __call__ = forward
+
+    @torch.inference_mode()
+    def forward_hidden(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        pages: Tensor,
+        batch: BatchMetadata,
+        *,
+        attention_backend: str = "auto",
+        on_layer_done: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Like :meth:`forward`, but returns the final normalised hidden states [N, hidden]."""
+
+        def attend_layer(layer_index: int) -> Attend:
+            return self.paged_attend(layer_index, pages, batch, attention_backend)
+
+        return self._run_layers(token_ids, positions, attend_layer, on_layer_done)
+
+    def paged_attend(
+        self, layer_index: int, pages: Tensor, batch: BatchMetadata, backend: str = "auto"
+    ) -> Attend:
+        """The attention of one layer over its pages: what :class:`DecoderLayer` calls."""
+        k_cache, v_cache = pages[:, layer_index, 0], pages[:, layer_index, 1]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            write_kv(k_cache, v_cache, k, v, batch.slot_mapping)
+            return paged_attention(q, k_cache, v_cache, batch, self.scale, backend)
+
+        return attend
+
+    @torch.inference_mode()
+    def forward_dense(self, token_ids: Tensor) -> Tensor:
+        """Recomputes everything: causal attention over whole sequences, no cache.
+
+        Args:
+            token_ids: int64 [batch, length].
+
+        Returns:
+            float32 [batch, length, vocab_size].
+        """
+        rows, length = token_ids.shape
+        positions = torch.arange(length, device=self.device).repeat(rows)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(0, (rows, length)).transpose(1, 2) for t in (q, k, v))
+            out = scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+            )
+            return out.transpose(1, 2).flatten(0, 1)
+
+        hidden = self._run_layers(token_ids.flatten(), positions, lambda _: attend, None)
+        return self.compute_logits(hidden).unflatten(0, (rows, length))
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits, float32 [R, vocab_size], of hidden states [R, hidden]."""
+        return linear(hidden, self.lm_head).float()
+
+    def _run_layers(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend_layer: Callable[[int], Attend],
+        on_layer_done: Callable[[int], None] | None,
+    ) -> Tensor:
+        hidden, residual = embedding(token_ids, self.embed_tokens), None
+        for index, layer in enumerate(self.layers):
+            hidden, residual = layer(
+                hidden, residual, positions, self.cos_sin_cache, attend_layer(index)
+            )
+            if on_layer_done is not None:
+                on_layer_done(index)
+        assert residual is not None
+        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps, residual)[0]
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face checkpoint name, as a view into the fused ones."""
+        yield "model.embed_tokens.weight", self.embed_tokens
+        for index, layer in enumerate(self.layers):
+            for name, weight in layer.named_weights():
+                yield f"model.layers.{index}.{name}", weight
+        yield "model.norm.weight", self.final_norm
+        if not self.config.tie_word_embeddings:
+            yield "lm_head.weight", self.lm_head
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, tied ones once."""
+        return sum(weight.nbytes for _, weight in self.named_weights())
+
+
+def _vector(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, device=device, dtype=dtype)
