@@ -1,0 +1,1 @@
+"""Serving: requests, the iteration-level scheduler, the model runner and the engine."""

@@ -1,0 +1,199 @@
+"""Decode steps captured as CUDA graphs: one launch from the host instead of hundreds.
+
+A step of one token per sequence is short, and launching its kernels one by one takes the host
+longer than the device needs to run them. A graph replays them with a single launch, on condition
+that no shape and no address changes: inputs are copied into fixed buffers, and a batch is padded
+to the next captured size. Padding rows have context length 0 and slot -1, so that they read and
+write no KV. Greedy ids are part of the graph; sampled requests use its logits.
+
+CUDA graphs for LLM decode: vLLM and gpt-fast (2023), both with a ladder of batch sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.model.transformer import Transformer
+from ch15_helpers.serving.batch_builder import HostBatch
+from ch15_helpers.serving.sampling import greedy_ids
+
+logger = logging.getLogger(__name__)
+
+
+def ladder(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture: 1, 2, 4, then every 8 to 64, every 16 to 256, every 64 beyond.
+
+    Padding wastes at most half of a small batch and an eighth of a large one.
+    """
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 64, 64)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def can_capture(model: Transformer, attention_backend: str) -> bool:
+    """Whether a decode step of this model can be captured.
+
+    The looped MoE block asks the host which experts to run, and only the Triton attention reads
+    its lengths on the device.
+    """
+    return (
+        model.device.type == "cuda"
+        and not model.config.is_moe
+        and attention_backend in ("auto", "triton")
+    )
+
+
+class _Buffers:
+    """Fixed inputs of all graphs, in one allocation, so that a step needs one copy.
+
+    Rows come first in the host's staging buffer and on the device alike: int64 token ids,
+    positions and slots, then int32 context lengths and block tables.
+    """
+
+    def __init__(self, rows: int, max_blocks: int, device: torch.device) -> None:
+        self.rows, self.max_blocks = rows, max_blocks
+        num_bytes = rows * (3 * 8 + 4 + 4 * max_blocks)
+        self.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._staging = self._views(self.host)
+        self.token_ids, self.positions, self.slots, self.context_lens, self.tables = self._views(
+            self.device
+        )
+        self._numpy = [view.numpy() for view in self._staging]
+        self._numpy[2].fill(-1)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        rows, views, start = self.rows, [], 0
+        for dtype, columns in ((torch.int64, 1),) * 3 + (
+            (torch.int32, 1),
+            (torch.int32, self.max_blocks),
+        ):
+            stop = start + rows * columns * dtype.itemsize
+            view = flat[start:stop].view(dtype)
+            views.append(view if columns == 1 and len(views) < 4 else view.view(rows, columns))
+            start = stop
+        return views
+
+    def fill(self, batch: HostBatch) -> None:
+        """Stage a decode batch, padded to ``rows``, and start its copy to the device."""
+        count = len(batch.query_lens)
+        tokens, positions, slots, context_lens, tables = self._numpy
+        tokens[:count], positions[:count] = batch.token_ids, batch.positions
+        slots[:count], slots[count:] = batch.slot_mapping, -1
+        context_lens[:count], context_lens[count:] = batch.context_lens, 0
+        tables[:count, : batch.block_tables.shape[1]] = batch.block_tables
+        tokens[count:] = positions[count:] = 0
+        self.device.copy_(self.host, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    buffers: _Buffers
+    logits: Tensor
+    ids: Tensor
+
+
+class DecodeGraphs:
+    """Captured decode steps of one model over one KV pool.
+
+    Attributes:
+        sizes: batch sizes that are captured, ascending; empty when none fitted in memory.
+    """
+
+    def __init__(
+        self, model: Transformer, pages: Tensor, max_num_seqs: int, max_model_len: int
+    ) -> None:
+        self._model, self._pages = model, pages
+        self._max_blocks = min(pages.shape[0], -(-max_model_len // pages.shape[3]))
+        self._captured: dict[int, _Captured] = {}
+        self.sizes: list[int] = []
+        self._wanted = ladder(max_num_seqs)
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture every size, largest first so that the smaller ones reuse its memory.
+
+        Sizes that do not fit in the device's memory are left out: such batches run uncaptured.
+        ``progress`` is called with (captured so far, total).
+        """
+        pool = None
+        for number, size in enumerate(reversed(self._wanted)):
+            try:
+                captured = self._capture_one(size, pool)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                logger.warning("no memory to capture decode steps of %d sequences", size)
+                continue
+            self._captured[size] = captured
+            pool = captured.graph.pool()
+            if progress is not None:
+                progress(number + 1, len(self._wanted))
+        self.sizes = sorted(self._captured)
+
+    def fits(self, batch: HostBatch) -> bool:
+        """Whether a captured step can run this batch: decodes only, and not too many."""
+        num_seqs = len(batch.query_lens)
+        return (
+            bool(self.sizes)
+            and num_seqs <= self.sizes[-1]
+            and len(batch.token_ids) == num_seqs == len(batch.logits_indices)
+            and batch.block_tables.shape[1] <= self._max_blocks
+        )
+
+    def run(self, batch: HostBatch) -> tuple[Tensor, Tensor]:
+        """Replay the step of the next larger size.
+
+        Returns:
+            logits float32 [num_seqs, vocab] and greedy ids int64 [num_seqs] (INVALID_TOKEN where
+            the logits are not finite), both overwritten by the next replay of the same size.
+        """
+        num_seqs = len(batch.query_lens)
+        captured = self._captured[self.sizes[bisect_left(self.sizes, num_seqs)]]
+        captured.buffers.fill(batch)
+        captured.graph.replay()
+        return captured.logits[:num_seqs], captured.ids[:num_seqs]
+
+    def _capture_one(self, size: int, pool: tuple[int, int] | None) -> _Captured:
+        device = self._model.device
+        buffers = _Buffers(size, self._max_blocks, device)
+        buffers.device.copy_(buffers.host)
+        every = torch.arange(size + 1, device=device)
+        metadata = BatchMetadata(
+            query_starts=every.int(),
+            context_lens=buffers.context_lens,
+            block_tables=buffers.tables,
+            slot_mapping=buffers.slots,
+            logits_indices=every[:size],
+            max_query_len=1,
+            max_context_len=self._max_blocks * self._pages.shape[3],
+        )
+
+        def step() -> tuple[Tensor, Tensor]:
+            logits = self._model.forward(
+                buffers.token_ids, buffers.positions, self._pages, metadata
+            )
+            return logits, greedy_ids(logits)
+
+        # Kernels compile and libraries make their handles outside the graph.
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits, ids = step()
+        return _Captured(graph, buffers, logits, ids)
+
+
+def staging_bytes(rows: int, max_blocks: int) -> int:
+    """Bytes that one step's copy to the device moves at a captured size of ``rows``."""
+    return rows * (3 * np.dtype(np.int64).itemsize + 4 + 4 * max_blocks)

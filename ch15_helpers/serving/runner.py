@@ -1,0 +1,74 @@
+"""Runs a Step on the real model: block copies, inputs, forward, sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kv.blocks import BlockManager
+from ch15_helpers.kv.cache import PagedKVCache, swap_blocks
+from ch15_helpers.model.transformer import Transformer
+from ch15_helpers.serving.batch_builder import BatchBuilder, Uploader
+from ch15_helpers.serving.sampling import sample
+from ch15_helpers.serving.step import Step
+
+
+class ModelRunner:
+    """Owns the device side of a step; the scheduler's decisions are only carried out here.
+
+    Replace ``_execute`` (token ids, positions, metadata in; float32 logits out) to run the same
+    step another way, for instance by replaying a captured graph.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PagedKVCache,
+        blocks: BlockManager,
+        host_cache: PagedKVCache | None = None,
+        attention_backend: str = "auto",
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.host_cache = host_cache
+        self.attention_backend = attention_backend
+        self._blocks = blocks
+        self._builder = BatchBuilder(cache.block_size)
+        self._uploader = Uploader(cache.device)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[int]:
+        """Carry out a step.
+
+        Returns:
+            One token id for each request of ``step.sampled``, in that order; INVALID_TOKEN where
+            the logits were not finite.
+        """
+        self._move_blocks(step)
+        if step.is_empty:
+            return []
+        host = self._builder.build(step, self._blocks.tables)
+        logits = self._execute(*self._uploader.upload(host))
+        sampled = step.sampled
+        return sample(logits, sampled) if sampled else []
+
+    def _execute(self, token_ids: Tensor, positions: Tensor, batch: BatchMetadata) -> Tensor:
+        """Forward pass: [N] ids and positions to [len(batch.logits_indices), vocab] logits."""
+        return self.model.forward(
+            token_ids,
+            positions,
+            self.cache.pages,
+            batch,
+            attention_backend=self.attention_backend,
+        )
+
+    def _move_blocks(self, step: Step) -> None:
+        # In this order: what is swapped out or copied may be overwritten by what follows.
+        if self.host_cache is not None:
+            if step.swap_out:
+                swap_blocks(self.cache, self.host_cache, step.swap_out)
+            if step.swap_in:
+                swap_blocks(self.host_cache, self.cache, step.swap_in)
+        if step.copies:
+            self.cache.copy_blocks(step.copies)

@@ -1,0 +1,116 @@
+"""From logits to tokens, so that a request's tokens never depend on what runs beside it.
+
+Randomness is counter-based: the uniform number behind the token at position ``p`` of a request
+is a pure function of the request's seed and ``p`` (splitmix64, Steele et al., OOPSLA 2014). A
+request that is batched, preempted or moved to another machine therefore draws the same numbers.
+A token is then found by inverting the cumulative distribution, in vocabulary order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ch15_helpers.serving.request import INVALID_TOKEN, Request
+
+_MASK = (1 << 64) - 1
+_ROWS_AT_ONCE = 64  # bounds the float64 temporaries: 64 rows of a 128k vocabulary are 64 MiB
+
+
+def splitmix64(value: int) -> int:
+    """One step of splitmix64: a bijective hash of 64-bit integers."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def derive_seed(engine_seed: int, number: int) -> int:
+    """Seed of an engine's ``number``-th request that brings none."""
+    return splitmix64(splitmix64(engine_seed & _MASK) ^ (number & _MASK))
+
+
+def uniform(seed: int, position: int) -> float:
+    """Uniform number in [0, 1) with 53 bits, for the token at ``position`` of a request."""
+    return (splitmix64(splitmix64(seed & _MASK) ^ (position & _MASK)) >> 11) * 2.0**-53
+
+
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """Next token of each request.
+
+    Greedy rows cost one argmax. The others are sampled together, after temperature, top-k and
+    top-p in this order, with float64 cumulative sums.
+
+    Args:
+        logits: [len(requests), vocab], float32 on any device; not modified.
+        requests: rows in order; their parameters, seeds and lengths decide.
+
+    Returns:
+        Token ids, INVALID_TOKEN for a row whose largest logit is not finite. The one copy from
+        device to host of a step happens here.
+    """
+    best, ids = _argmax(logits)
+    rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        group = rows[start : start + _ROWS_AT_ONCE]
+        chosen = [requests[row] for row in group]
+        index = torch.tensor(group, device=logits.device)
+        ids[index] = _sample_rows(logits[index], chosen)
+    tokens: list[int] = torch.where(torch.isfinite(best), ids, INVALID_TOKEN).tolist()
+    return tokens
+
+
+def token_weights(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Unnormalised float64 probabilities [rows, vocab] that the requests sample from.
+
+    Tokens that tie with the last one kept by top-k or top-p are kept too, so that the outcome
+    does not depend on the order in which a device happens to sort them.
+    """
+    device = logits.device
+    settings = [(r.params.temperature, r.params.top_k, r.params.top_p) for r in requests]
+    temperature, top_k, top_p = torch.tensor(settings, dtype=torch.float64, device=device).T
+    logits = logits.double()
+    if any(request.params.top_k for request in requests):
+        vocab = logits.shape[1]
+        limits = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).long()
+        widest = min(vocab, max(r.params.top_k or 1 for r in requests))
+        largest = logits.topk(widest, dim=-1).values
+        last = largest.gather(1, limits.clamp(max=widest)[:, None] - 1)
+        dropped = (logits < last) & (top_k > 0)[:, None]
+        logits = logits.masked_fill(dropped, -torch.inf)
+    scaled: Tensor = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+    weights = scaled.exp()
+    nucleus = [row for row, request in enumerate(requests) if request.params.top_p < 1]
+    if nucleus:
+        index = torch.tensor(nucleus, device=device)
+        part = weights[index]
+        ordered = part.sort(dim=-1, descending=True).values
+        mass_before = ordered.cumsum(-1) - ordered
+        kept = (mass_before < top_p[index, None] * ordered.sum(-1, keepdim=True)).sum(-1)
+        threshold = ordered.gather(1, kept.clamp(min=1)[:, None] - 1)
+        weights[index] = part.masked_fill(part < threshold, 0.0)
+    return weights
+
+
+def _sample_rows(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    numbers = [uniform(request.seed, request.num_tokens) for request in requests]
+    cumulative = token_weights(logits, requests).cumsum(-1)
+    total = cumulative[:, -1:]
+    draw = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * total
+    # Rounding may lift the draw to the total; the largest number below it is still a valid draw.
+    draw = torch.minimum(draw, torch.nextafter(total, torch.zeros_like(total)))
+    # right=True: the first token whose cumulative weight is larger, never one of weight 0.
+    ids = torch.searchsorted(cumulative, draw, right=True)[:, 0]
+    return ids.clamp(max=logits.shape[1] - 1)
+
+
+def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit (NaN if there is one) and its index, for each row."""
+    if logits.is_cuda:
+        best, ids = logits.max(dim=-1)
+        return best, ids
+    # numpy's argmax is vectorised, torch's on CPU is not: 93 against 990 us for 16 x 49152.
+    ids = torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.gather(1, ids[:, None])[:, 0], ids
