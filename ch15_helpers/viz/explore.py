@@ -71,7 +71,8 @@ def explore_formula(
         >>> round(widget.evaluate()["kv"], 3)
         0.703
     """
-    names = [item.name for item in (*sliders, *curves, *readouts)]
+    formulas: list[Curve | Readout] = [*curves, *readouts]
+    names = [s.name for s in sliders] + [item.name for item in formulas]
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
         raise ValueError(f"explorer {title!r}: names used twice: {', '.join(repeated)}")
@@ -95,7 +96,7 @@ def explore_formula(
             for r in readouts
         ],
     }
-    return FormulaExplorer(spec, sliders, {item.name: item.py for item in (*curves, *readouts)})
+    return FormulaExplorer(spec, sliders, {item.name: item.py for item in formulas})
 
 
 def _plain(item: Slider | Curve | Readout, *fields: str) -> dict[str, Any]:
@@ -164,7 +165,8 @@ def explore_grid(
     axes = {k: v if isinstance(v, Axis) else Axis(tuple(v)) for k, v in params.items()}
     if not 1 <= len(axes) <= 2 or any(not a.values for a in axes.values()):
         raise ValueError("explore_grid takes one or two parameters with at least one value each")
-    sliders = [_slider(name, axis, continuous=live is None) for name, axis in axes.items()]
+    widest = max(len(axis.label or name) for name, axis in axes.items())
+    sliders = [_slider(n, a, continuous=live is None, label_ch=widest) for n, a in axes.items()]
     combinations = list(itertools.product(*(range(len(a.values)) for a in axes.values())))
     pages: dict[tuple[int, ...], ipywidgets.HTML] = {}
     texts = _Texts(alt, caption, live is not None)
@@ -181,14 +183,14 @@ def explore_grid(
     return GridExplorer([*head, *sliders, body], summary)
 
 
-def _slider(name: str, axis: Axis, continuous: bool) -> ipywidgets.Widget:
+def _slider(name: str, axis: Axis, continuous: bool, label_ch: int) -> ipywidgets.Widget:
     start = len(axis.values) // 2 if axis.start is None else axis.start
     return ipywidgets.SelectionSlider(
         options=list(zip(axis.options(), range(len(axis.values)), strict=True)),
         value=start,
         description=axis.label or name,
         continuous_update=continuous,
-        style={"description_width": "initial"},
+        style={"description_width": f"{label_ch + 1}ch"},
         layout={"width": "100%", "max_width": "34rem"},
     )
 

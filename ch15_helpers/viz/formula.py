@@ -152,7 +152,7 @@ class FormulaExplorer(anywidget.AnyWidget):
 
     spec = traitlets.Dict().tag(sync=True)
     values = traitlets.Dict().tag(sync=True)
-    checks = traitlets.List().tag(sync=True)
+    checks: traitlets.List[Any] = traitlets.List().tag(sync=True)
 
     def __init__(
         self,

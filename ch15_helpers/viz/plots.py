@@ -27,11 +27,24 @@ def new_figure(height_in: float = 3.4, columns: int = 1, **kwargs: Any) -> tuple
     The figure belongs to no window and no pyplot state, so nothing is displayed twice and nothing
     leaks; hand it to :func:`show_figure`. ``kwargs`` go to ``Figure.subplots``.
     """
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    class BookAxes(Axes):
+        """Titles and legends in the book's style, also when set after the style's context ended."""
+
+        def set_title(self, label: str, *args: Any, **options: Any) -> Any:
+            with book_style():
+                return super().set_title(label, *args, **options)
+
+        def legend(self, *args: Any, **options: Any) -> Any:
+            with book_style():
+                return super().legend(*args, **options)
 
     with book_style():
         figure = Figure(figsize=(WIDTH_IN, height_in))
-        axes = figure.subplots(1, columns, **kwargs)
+        subplot = {"axes_class": BookAxes} | kwargs.pop("subplot_kw", {})
+        axes = figure.subplots(1, columns, subplot_kw=subplot, **kwargs)
     return figure, axes
 
 

@@ -29,10 +29,10 @@ BASELINE: Final = GREY
 """Colour of the baseline in every before/after figure."""
 OPTIMISED: Final = BLUE
 """Colour of the optimised version in every before/after figure."""
-LIMIT: Final = ORANGE
+LIMIT: Final = INK
 """Colour of a physical limit (bandwidth, capacity, budget)."""
 
-WIDTH_IN: Final = 7.2
+WIDTH_IN: Final = 6.0
 """Width of a full-column figure in inches; ``DPI`` gives twice the text column's pixels."""
 DPI: Final = 180
 
@@ -52,7 +52,7 @@ def style() -> dict[str, Any]:
         "axes.titlesize": 11,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "axes.labelsize": 10,
+        "axes.labelsize": 10.5,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -66,11 +66,11 @@ def style() -> dict[str, Any]:
         "xtick.labelsize": 9,
         "ytick.labelsize": 9,
         "legend.frameon": False,
-        "legend.fontsize": 9,
+        "legend.fontsize": 9.5,
         "lines.linewidth": 2.0,
         "lines.markersize": 5.5,
         "font.family": ["DejaVu Sans"],
-        "font.size": 10,
+        "font.size": 10.5,
         "savefig.facecolor": "white",
     }
 
