@@ -1,7 +1,7 @@
 """Finds Chromium for the tests, and installs it where that needs no question.
 
-``python tests/browser.py --install`` is a step of ``make test``: it prints which browser will be used,
-or installs Debian's when run as root, or says what to do. Without a browser the tests that need one
+``python tests/browser.py --install`` is a step of ``make test``: it prints which browser will be
+used, or installs Debian's when run as root, or says what to do. Without a browser the tests that need one
 are skipped with that reason; under CI=true that is a failure.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MAC = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
 HINT = (
-    "no Chromium found: install it (Debian: apt-get install chromium; elsewhere: playwright install "
-    "chromium), or name one in CH15_CHROMIUM"
+    "no Chromium found: install it (Debian: apt-get install chromium; elsewhere: playwright "
+    "install chromium), or name one in CH15_CHROMIUM"
 )
 FLAGS = (
     "--no-sandbox",

@@ -1,7 +1,7 @@
 """Take screenshots of the built site: desktop and phone, light and dark.
 
-``python tests/screenshots.py [SITE] [PAGE …]`` writes ``_build/screenshots/*.png`` and prints what is
-wider than the screen, which a reader on a phone would have to scroll for.
+``python tests/screenshots.py [SITE] [PAGE …]`` writes ``_build/screenshots/*.png`` and prints what
+is wider than the screen, which a reader on a phone would have to scroll for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sphinx extension of this book: no outside requests, the book's style, and pictures with alt text."""
+"""Sphinx extension of this book: no outside requests, its style, pictures with alt text."""
 
 from __future__ import annotations
 

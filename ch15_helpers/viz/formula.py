@@ -99,7 +99,7 @@ class Curve:
         py: the formula in Python, from a point ``p`` to a number.
         js: the same as a JavaScript expression of ``p``; Math's functions are in scope by bare name
             (``min``, ``max``, ``ceil``, ``log2`` …) and ``**`` is a power, as in Python.
-        dashed: draw it as a limit: dashed and orange.
+        dashed: draw it as a limit: dashed, in the ink's colour.
     """
 
     name: str

@@ -162,7 +162,7 @@ def before_after(
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.14)
     ax.set(xlabel=unit, title=title)
-    ax.legend(loc="lower right")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
     return figure
 
 
@@ -186,9 +186,7 @@ def breakdown(rows: Mapping[str, Mapping[str, float]], *, unit: str, title: str 
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.12)
     ax.set(xlabel=unit, title=title)
-    ax.legend(
-        ncols=min(4, len(causes)), loc="lower left", bbox_to_anchor=(0, 1.0 if not title else 1.12)
-    )
+    figure.legend(loc="outside upper left", ncols=min(4, len(causes)), frameon=False)
     return figure
 
 
