@@ -1,7 +1,7 @@
 """Finds Chromium for the tests, and installs it where that needs no question.
 
 ``python tests/browser.py --install`` is a step of ``make test``: it prints which browser will be
-used, or installs Debian's when run as root, or says what to do. Without a browser the tests that need one
+used, or installs Debian's when run as root, or says what to do. Without one the tests that need it
 are skipped with that reason; under CI=true that is a failure.
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -40,14 +41,31 @@ def fingerprint() -> str:
 
 
 def run(python: Path, *arguments: str | Path) -> None:
-    """Run pip in the environment; on failure, say what to do instead of showing a traceback."""
+    """Run pip in the environment, with one line of progress; on failure show the end of its log."""
     command = [str(python), "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
-    if subprocess.call(command, cwd=ROOT) != 0:
+    log: list[str] = []
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.append(line)
+            if line.lstrip().startswith(("Collecting", "Processing", "Downloading", "Building")):
+                show(line.strip())
+    show("")
+    if process.returncode != 0:
         sys.exit(
-            f"\nbootstrap: failed: pip {' '.join(command[4:])}\n"
+            f"{''.join(log[-25:])}\nbootstrap: failed: pip {' '.join(command[4:])}\n"
             "The message above is pip's. Without a network this works only after one successful\n"
             f"run on this machine, which fills {cache_dir()}."
         )
+
+
+def show(text: str) -> None:
+    """Rewrite the progress line of a terminal; a log file gets none of it."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\033[K{text[:width]}", end="", flush=True)
 
 
 def collect(python: Path, wheels: Path) -> None:
@@ -56,6 +74,10 @@ def collect(python: Path, wheels: Path) -> None:
     if marker.exists():
         print(f"bootstrap: using the wheels in {wheels}", flush=True)
         return
+    print(
+        f"bootstrap: fetching wheels into {wheels}, once (0.6 to 3 GB, by torch's build)",
+        flush=True,
+    )
     wheels.mkdir(parents=True, exist_ok=True)
     fetch = ("wheel", "--no-cache-dir", "--wheel-dir", wheels, "--find-links", wheels)
     index = os.environ.get("TORCH_INDEX", "")
@@ -68,7 +90,7 @@ def collect(python: Path, wheels: Path) -> None:
 
 def install(python: Path, wheels: Path) -> None:
     """Install from the wheel folder alone, in the same order."""
-    local = ("install", "--quiet", "--no-index", "--find-links", wheels)
+    local = ("install", "--no-index", "--find-links", wheels)
     print("bootstrap: installing", flush=True)
     run(python, *local, TORCH)
     run(python, *local, *BUILD)
