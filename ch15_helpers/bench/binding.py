@@ -113,7 +113,8 @@ def on_other_hardware(target: str) -> Markdown:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name in names:
         cells = [format_value(m[name]) if name in m else "–" for m in metrics.values()]
-        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+        label = _label(next(m[name] for m in metrics.values() if name in m))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return Markdown("\n".join(lines))
 
 
@@ -139,6 +140,7 @@ def _nothing_stored(target: str, key: str) -> str:
 
 
 def _label(m: Metric) -> str:
+    """``optimised_s`` → ``optimised``: the value shows its unit."""
     return m.name.removesuffix("_s").replace("_", " ")
 
 
