@@ -146,7 +146,12 @@ class PagedKVCache:
             raise ValueError(f"how must be scramble or zero, got {how!r}")
 
     def exchange_blocks(self, first: int, second: int) -> None:
-        """Exchange the contents of two blocks (a mixed-up table), for the same kind of check."""
+        """Exchange the contents of two blocks (a mixed-up table), for the same kind of check.
+
+        Take them from two sequences. Two full blocks of one sequence may trade places without
+        changing any decode: cached keys carry their positions, and attention sums over them in
+        any order.
+        """
         self.copy_blocks([(first, second), (second, first)])
 
     def _index(self, block_ids: Iterable[int]) -> Tensor:

@@ -16,7 +16,6 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,7 +192,3 @@ class DecodeGraphs:
             logits, ids = step()
         return _Captured(graph, buffers, logits, ids)
 
-
-def staging_bytes(rows: int, max_blocks: int) -> int:
-    """Bytes that one step's copy to the device moves at a captured size of ``rows``."""
-    return rows * (3 * np.dtype(np.int64).itemsize + 4 + 4 * max_blocks)

@@ -1,0 +1,170 @@
+"""Random use of the whole engine over a model whose tokens depend on every cached token.
+
+Admit, step, abort, fork and failing steps in any order, over every scheduling mode and pools so
+small that preemption is the rule: whatever finishes must have exactly the tokens that the hash
+gives, and when all is done both pools must be empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from fakes import VOCAB, HashModel, expected_tokens
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from ch15_helpers.errors import InvalidRequestError
+from ch15_helpers.serving.config import EngineConfig
+from ch15_helpers.serving.engine import Engine
+from ch15_helpers.serving.request import RequestOutput, SamplingParams
+
+MODEL_LEN = 60
+
+
+class EngineMachine(RuleBasedStateMachine):
+    @initialize(
+        block_size=st.integers(1, 5),
+        num_blocks=st.integers(4, 20),
+        max_num_seqs=st.integers(1, 6),
+        budget=st.integers(1, 30),
+        chunked=st.booleans(),
+        preemption=st.sampled_from(["recompute", "swap"]),
+        num_host_blocks=st.integers(0, 12),
+        watermark=st.sampled_from([0.0, 0.01, 0.3]),
+        layout=st.sampled_from(["block_major", "layer_major"]),
+    )
+    def start(
+        self,
+        block_size: int,
+        num_blocks: int,
+        max_num_seqs: int,
+        budget: int,
+        chunked: bool,
+        preemption: Any,
+        num_host_blocks: int,
+        watermark: float,
+        layout: Any,
+    ) -> None:
+        self.model = HashModel(MODEL_LEN)
+        self.pool_tokens = block_size * num_blocks
+        ticks = itertools.count()
+        self.engine = Engine(
+            self.model,  # type: ignore[arg-type]
+            EngineConfig(
+                block_size=block_size,
+                num_blocks=num_blocks,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=budget,
+                enable_chunked_prefill=chunked,
+                preemption=preemption,
+                num_host_blocks=num_host_blocks,
+                watermark=watermark,
+                kv_layout=layout,
+            ),
+            clock=lambda: float(next(ticks)),
+        )
+        self.asked: dict[str, tuple[list[int], SamplingParams]] = {}
+        self.aborted: set[str] = set()
+        self.failed_steps = 0
+        self.count = 0
+
+    @rule(
+        prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=25),
+        max_tokens=st.integers(1, 40),
+        stop=st.lists(st.integers(0, VOCAB - 1), max_size=4),
+    )
+    def admit(self, prompt: list[int], max_tokens: int, stop: list[int]) -> None:
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=tuple(stop))
+        self.asked[self.engine.add_request(prompt, params)] = (prompt, params)
+
+    @rule(data=st.data(), max_tokens=st.integers(1, 50))
+    @precondition(lambda self: self.asked)
+    def fork(self, data: st.DataObject, max_tokens: int) -> None:
+        parent = data.draw(st.sampled_from(sorted(self.asked)))
+        params = SamplingParams(max_tokens=max_tokens)
+        try:
+            child = self.engine.fork(parent, params)
+        except InvalidRequestError:
+            return  # not decoding, or too many run
+        self.asked[child] = (self.asked[parent][0], params)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.asked)
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.asked)))
+        if self.engine.abort(name):
+            self.aborted.add(name)
+
+    @rule(times=st.integers(1, 8))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.check(self.engine.step())
+
+    @rule()
+    def failing_step(self) -> None:
+        self.model.failures = 1
+        self.failed_steps += 1
+        outputs = self.engine.step()
+        self.model.failures = 0
+        self.check(outputs)
+
+    def check(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            prompt, params = self.asked.pop(output.request_id)
+            expected = expected_tokens(prompt, params.max_tokens, params.stop_token_ids, MODEL_LEN)
+            tokens = output.token_ids
+            assert output.prompt_token_ids == prompt
+            if output.finish_reason in ("stop", "length"):
+                assert tokens == expected, f"{output.request_id}: {tokens} != {expected}"
+                assert (output.finish_reason == "stop") == (tokens[-1] in params.stop_token_ids)
+                assert output.error is None
+            else:
+                assert tokens == expected[: len(tokens)]
+                assert len(tokens) < len(expected)
+                self.check_reason(output, len(prompt) + len(tokens))
+            assert len(output.metrics.itl_s) == max(0, len(tokens) - 1)
+
+    def check_reason(self, output: RequestOutput, known: int) -> None:
+        if output.finish_reason == "abort":
+            assert output.request_id in self.aborted
+            return
+        assert output.finish_reason == "error" and output.error is not None
+        if "injected failure" in output.error:
+            assert self.failed_steps
+        else:
+            assert known > self.pool_tokens, output.error
+            assert "KV blocks" in output.error
+
+    @invariant()
+    def consistent(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check_invariants()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(5000):
+            if not self.engine.has_unfinished:
+                break
+            self.check(self.engine.step())
+            self.engine.check_invariants()
+        assert not self.asked, f"never ended: {sorted(self.asked)}"
+        assert self.engine.scheduler.blocks.allocator.num_used == 0
+        assert self.engine.scheduler.host_blocks.num_used == 0
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
+)
+TestEngineMachine = EngineMachine.TestCase
