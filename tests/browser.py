@@ -70,10 +70,20 @@ def install() -> str | None:
 
 
 @contextmanager
-def chromium(**context: Any) -> Iterator[tuple[Any, list[str]]]:
-    """Yield (page, refused): a page that reaches this machine only, and what it asked elsewhere."""
+def launched() -> Iterator[Any]:
+    """Yield a running browser."""
     from playwright.sync_api import sync_playwright
 
+    with sync_playwright() as play:
+        running = play.chromium.launch(executable_path=find(), args=list(FLAGS))
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+def new_tab(running: Any, **context: Any) -> tuple[Any, list[str]]:
+    """Return (page, refused): a page that reaches this machine only, and what it asked of others."""
     refused: list[str] = []
 
     def local_only(route: Any) -> None:
@@ -84,14 +94,16 @@ def chromium(**context: Any) -> Iterator[tuple[Any, list[str]]]:
             refused.append(url)
             route.abort()
 
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=find(), args=list(FLAGS))
-        try:
-            page = browser.new_context(**context).new_page()
-            page.route("**/*", local_only)
-            yield page, refused
-        finally:
-            browser.close()
+    page = running.new_context(**context).new_page()
+    page.route("**/*", local_only)
+    return page, refused
+
+
+@contextmanager
+def chromium(**context: Any) -> Iterator[tuple[Any, list[str]]]:
+    """Yield (page, refused) in a browser of its own; see :func:`new_tab`."""
+    with launched() as running:
+        yield new_tab(running, **context)
 
 
 def main() -> int:

@@ -45,12 +45,19 @@ WANTED = {
         ("es5/ui", "mathjax/ui"),
     ],
 }
-# html-manager defines its own modules by name; only anywidget is a file of its own.
+# html-manager defines its own modules by name; only anywidget is a file of its own. It also calls
+# MathJax 2's queue to typeset labels, which MathJax 3 lacks.
 REQUIRE_CONFIG = """\
 (() => {
   const here = new URL(".", document.currentScript.src);
   const baseUrl = new URL("amd", here).href;
   window.requirejs.config({ baseUrl, waitSeconds: 30 });
+  const Hub = { Queue: ([, , element]) => window.MathJax.typesetPromise?.([element]) };
+  const ready = () => {
+    window.MathJax.startup.defaultReady();
+    window.MathJax.Hub = Hub;
+  };
+  window.MathJax = { ...window.MathJax, Hub, startup: { ...window.MathJax?.startup, ready } };
 })();
 """
 

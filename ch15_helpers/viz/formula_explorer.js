@@ -42,7 +42,7 @@ export function format(value, digits = 3) {
   const magnitude = Math.floor(Math.log10(Math.abs(value)));
   if (magnitude >= 15 || magnitude < -4) return value.toExponential(digits - 1);
   const decimals = Math.max(0, digits - 1 - magnitude);
-  return value.toLocaleString("en-US", { maximumFractionDigits: decimals });
+  return value.toLocaleString("en-US", { maximumFractionDigits: decimals, roundingMode: "halfEven" });
 }
 
 function short(value) {

@@ -92,8 +92,11 @@ class _Shown:
     def __init__(self, markup: str, alt: str) -> None:
         self._markup, self._alt = markup, alt
 
+    def __repr__(self) -> str:
+        return f"Figure: {self._alt}"
+
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        return {"text/html": self._markup, "text/plain": f"Figure: {self._alt}"}
+        return {"text/html": self._markup, "text/plain": repr(self)}
 
 
 def show_figure(figure: Any, alt: str, caption: str = "", dpi: int = DPI) -> None:

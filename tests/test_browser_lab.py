@@ -1,0 +1,151 @@
+"""JupyterLab in Chromium: a notebook opens, runs in its kernel, and its sliders change the output."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import browser
+import pytest
+from site_build import BOOK, need_browser, write_demo  # noqa: F401  (a fixture)
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.usefixtures("need_browser")]
+
+CHAPTER = "measuring.ipynb"
+SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
+        "fetchNews": "false",
+        "checkForUpdates": False,
+    },
+}
+
+
+def free_port() -> int:
+    """Return a port that nothing uses now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """(address, token) of a JupyterLab with the small page of every widget and one chapter."""
+    root = tmp_path_factory.mktemp("lab")
+    work = root / "checkout" / "book"
+    shutil.copytree(BOOK, work)
+    shutil.copytree(BOOK.parent / "expectations", root / "checkout" / "expectations")
+    write_demo(work / "demo.ipynb", execute=False)
+    for name, value in SETTINGS.items():
+        path = root / "settings" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+    port, token = free_port(), secrets.token_hex(16)
+    environment = {
+        **os.environ,
+        "JUPYTERLAB_SETTINGS_DIR": str(root / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces"),
+        "JUPYTER_RUNTIME_DIR": str(root / "runtime"),
+        "JUPYTER_CONFIG_DIR": str(root / "config"),
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1"]
+    command += [
+        f"--port={port}",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={work}",
+    ]
+    with (root / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        base = f"http://127.0.0.1:{port}"
+        try:
+            wait_for(f"{base}/api?token={token}", server, root / "log")
+            yield base, token
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the server answers."""
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.3)
+    pytest.fail(f"JupyterLab did not start: {log.read_text()[-3000:]}")
+
+
+def run_all(page: Any, lab: tuple[str, str], notebook: str, limit_s: int) -> None:
+    """Open a notebook, clear what is stored in it, run all cells and wait for the last one."""
+    base, token = lab
+    page.goto(f"{base}/lab/tree/{notebook}?token={token}&reset")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_role("menuitem", name="Restart Kernel and Clear Outputs of All Cells").click()
+    page.get_by_role("button", name="Confirm Kernel Restart").click()
+    page.wait_for_function("!document.querySelector('.jp-OutputArea-output')", timeout=30_000)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.innerText)"
+    counted = f"{prompts}.every(t => /^\\[[0-9]+\\]:$/.test(t))"
+    page.wait_for_function(counted, timeout=limit_s * 1000)
+    assert (
+        page.locator(
+            ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']"
+        ).count()
+        == 0
+    )
+    assert page.locator(".jp-RenderedText[data-mime-type*=error]").count() == 0
+
+
+def test_every_widget_is_live(lab: tuple[str, str]) -> None:
+    with browser.chromium(viewport={"width": 1400, "height": 1000}) as (page, _):
+        run_all(page, lab, "demo.ipynb", 120)
+        explorer = page.locator(".ch15-explorer").first
+        explorer.wait_for(timeout=30_000)
+        assert explorer.locator(".fault").count() == 0
+        number = explorer.locator("dd[data-name=now]")
+        before, picture = number.inner_text(), explorer.locator(".chart svg").inner_html()
+        explorer.locator("input[name=batch]").focus()
+        page.keyboard.press("ArrowRight")
+        assert number.inner_text() != before
+        assert explorer.locator(".chart svg").inner_html() != picture
+
+        grid = page.locator(".ch15-grid").first
+        caption = grid.locator("figcaption:visible")
+        assert "stored with the book" in caption.inner_text()
+        grid.locator(".noUi-handle").first.focus()
+        page.keyboard.press("ArrowLeft")
+        grid.locator("figcaption:visible", has_text="computed in this kernel").wait_for(
+            timeout=20_000
+        )
+        assert "Batch 1 " in caption.inner_text()
+
+
+@pytest.mark.skipif(not (BOOK / CHAPTER).exists(), reason=f"no chapter {CHAPTER}")
+@pytest.mark.timeout(600)
+def test_a_chapter_runs_and_its_slider_moves(lab: tuple[str, str]) -> None:
+    with browser.chromium(viewport={"width": 1400, "height": 1000}) as (page, _):
+        run_all(page, lab, CHAPTER, 500)
+        widget = page.locator(".ch15-explorer").first
+        widget.wait_for(timeout=30_000)
+        widget.scroll_into_view_if_needed()
+        before = widget.locator(".chart svg").inner_html()
+        widget.locator("input[type=range]").first.focus()
+        page.keyboard.press("ArrowRight")
+        assert widget.locator(".chart svg").inner_html() != before
