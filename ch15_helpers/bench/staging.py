@@ -81,7 +81,7 @@ def stage_book(
     wanted = {
         p.relative_to(src)
         for p in src.rglob("*")
-        if p.is_file() and ".ipynb_checkpoints" not in p.parts
+        if p.is_file() and not {".ipynb_checkpoints", "__pycache__"} & set(p.parts)
     }
     dst.mkdir(parents=True, exist_ok=True)
     for old in [p for p in dst.rglob("*") if p.is_file()]:
