@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ch15_helpers.kernels.dispatch import use_triton
+
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     """Scatters K and V of the flat batch into the pages of one layer, in place.
@@ -14,6 +16,11 @@ def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mappin
         k, v: [num_tokens, num_kv_heads, head_dim].
         slot_mapping: int64 [num_tokens], ``block * block_size + offset``; -1 is not written.
     """
+    if use_triton(k_cache, v_cache, k, v) and k_cache.stride() == v_cache.stride():
+        from ch15_helpers.kernels.kv_write_triton import write_kv_triton
+
+        write_kv_triton(k_cache, v_cache, k, v, slot_mapping)
+        return
     block_size = k_cache.shape[1]
     if slot_mapping.device.type == "cpu":
         if slot_mapping.numel() and int(slot_mapping.min()) < 0:

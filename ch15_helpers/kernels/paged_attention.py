@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.dispatch import triton_installed
 from ch15_helpers.kernels.paged_attention_sdpa import paged_attention_sdpa
 
 BACKENDS = ("auto", "reference", "sdpa", "triton")
@@ -67,16 +68,17 @@ def paged_attention(
 
 def triton_unsupported_reason(q: Tensor, k_cache: Tensor) -> str | None:
     """Why the Triton kernel cannot run on these tensors, or None when it can."""
-    try:
-        from ch15_helpers.kernels.paged_attention_triton import can_use_triton
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    if can_use_triton(q, k_cache):
-        return None
-    return (
-        f"head_dim {q.shape[-1]}, queries {q.dtype} and cache {k_cache.dtype} on {q.device.type} "
-        "are not what its kernel takes"
-    )
+    if q.device.type != "cuda":
+        return f"the tensors are on {q.device.type}, the kernel needs CUDA"
+    if q.shape[-1] > 256:
+        return f"head_dim is {q.shape[-1]}, the kernel takes at most 256"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the queries are {q.dtype}, the kernel needs float16, bfloat16 or float32"
+    if k_cache.dtype != q.dtype:
+        return f"the cache is {k_cache.dtype}, the kernel needs the queries' {q.dtype}"
+    if k_cache.stride(-1) != 1:
+        return "the cache's last axis is not contiguous"
+    return None if triton_installed() else "triton is not installed"
 
 
 def paged_attention_reference(

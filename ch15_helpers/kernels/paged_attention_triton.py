@@ -25,21 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch import BatchMetadata
+from ch15_helpers.kernels.batch import BatchMetadata
 
-SUPPORTED_HEAD_DIMS = (16, 32, 64, 96, 128, 256)
 _LOG2E = 1.4426950408889634
-
-
-def can_use_triton(q: Tensor, k_cache: Tensor) -> bool:
-    """Whether the kernels take this head size, type and device (last axis must be contiguous)."""
-    return (
-        q.is_cuda
-        and q.shape[-1] in SUPPORTED_HEAD_DIMS
-        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and k_cache.dtype == q.dtype
-        and k_cache.stride(-1) == 1
-    )
 
 
 @triton.jit
@@ -225,7 +213,8 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, batch: BatchMetadata, scale: float)
     num_seqs, num_heads, head_dim = q.shape
     page, num_kv_heads = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
-    rows, d_pad = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(head_dim)
+    rows = max(16, triton.next_power_of_2(group))
+    d_pad = max(16, triton.next_power_of_2(head_dim))
     block_n = 32 if q.dtype == torch.float32 or d_pad > 128 else 64
     per_processor = 1 if d_pad > 128 else 3
     workers = max(1, _num_processors(q.device) * per_processor // num_kv_heads)
@@ -254,7 +243,8 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, batch: BatchMetadata, scale: float
     num_seqs = batch.num_seqs
     page, num_kv_heads = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
-    group_pad, d_pad = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
+    group_pad = triton.next_power_of_2(group)
+    d_pad = max(16, triton.next_power_of_2(head_dim))
     wide = q.dtype == torch.float32 or d_pad > 128
     block_n, block_m = (32, 64) if wide else (64, 128)
     block_q = max(1, block_m // group_pad)

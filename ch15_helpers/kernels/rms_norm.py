@@ -9,6 +9,8 @@ from typing import overload
 
 from torch import Tensor
 
+from ch15_helpers.kernels.dispatch import use_triton
+
 
 @overload
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -31,6 +33,11 @@ def rms_norm(
     Returns:
         The normalised tensor; with ``residual``, the pair (normalised, ``x + residual``).
     """
+    if x.dim() <= 3 and use_triton(x):
+        from ch15_helpers.kernels.rms_norm_triton import rms_norm_triton
+
+        out, total = rms_norm_triton(x, weight, eps, residual)
+        return out if residual is None else (out, total)
     if residual is None:
         return _normalise(x, weight, eps)
     total = x + residual

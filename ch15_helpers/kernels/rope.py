@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ch15_helpers.kernels.dispatch import use_triton
+
 
 class RopeScaling(Protocol):
     """The four numbers of Llama 3.1's frequency scaling."""
@@ -72,6 +74,10 @@ def apply_rope(
     Returns:
         The rotated q and k, new tensors of the same shapes and dtypes.
     """
+    if use_triton(q, k):
+        from ch15_helpers.kernels.rope_triton import apply_rope_triton
+
+        return apply_rope_triton(q, k, cos_sin_cache, positions)
     half = q.shape[-1] // 2
     rows = cos_sin_cache.index_select(0, positions).unsqueeze(1)
     cos, sin = rows[..., :half], rows[..., half:]

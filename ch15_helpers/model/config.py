@@ -115,9 +115,15 @@ class ModelConfig:
 
 def _first_inconsistency(config: ModelConfig) -> str | None:
     positive = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim max_position_embeddings"
-    ).split()
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    )
     for name in positive:
         if getattr(config, name) <= 0:
             return f"{name} is {getattr(config, name)}, expected a positive number"

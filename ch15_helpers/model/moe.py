@@ -49,14 +49,22 @@ class MoEBlock:
         return weights, experts
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[N, hidden] to [N, hidden]. Which experts run depends on the data."""
+        """[N, hidden] to [N, hidden]. Which experts run depends on the data: one host sync."""
         weights, experts = self.route(x)
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=self.config.num_experts).tolist()
         out = torch.zeros_like(x, dtype=torch.float32)
-        for expert in experts.unique().tolist():
-            tokens, choice = torch.where(experts == expert)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count == 0:
+                continue
+            pairs = order[start : start + count]
+            start += count
+            tokens = pairs // self.config.num_experts_per_tok
             inner = swiglu(linear(x[tokens], self.gate_up_proj[expert]))
             result = linear(inner, self.down_proj[expert]).float()
-            out.index_add_(0, tokens, result * weights[tokens, choice, None])
+            out.index_add_(0, tokens, result * weights.flatten()[pairs, None])
         return out.to(x.dtype)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

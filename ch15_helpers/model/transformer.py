@@ -124,8 +124,8 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values of normalised hidden states [N, hidden]."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv = linear(x, self.qkv_proj, self.qkv_bias).unflatten(-1, (-1, self.config.head_dim))
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        qkv = linear(x, self.qkv_proj, self.qkv_bias).view(len(x), -1, self.config.head_dim)
+        q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, self.config.rms_norm_eps)
             k = rms_norm(k, self.k_norm, self.config.rms_norm_eps)
@@ -134,17 +134,19 @@ class DecoderLayer:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names below ``model.layers.i.`` and the views that hold them."""
-        head_dim = self.config.head_dim
-        q_dim = self.config.num_attention_heads * head_dim
-        kv_dim = self.config.num_key_value_heads * head_dim
-        parts = zip("qkv", self.qkv_proj.split((q_dim, kv_dim, kv_dim)), strict=True)
-        for letter, weight in parts:
-            yield f"self_attn.{letter}_proj.weight", weight
+        q_dim = self.config.num_attention_heads * self.config.head_dim
+        kv_dim = self.config.num_key_value_heads * self.config.head_dim
+        rows = {
+            "q": slice(0, q_dim),
+            "k": slice(q_dim, q_dim + kv_dim),
+            "v": slice(q_dim + kv_dim, None),
+        }
+        for letter, part in rows.items():
+            yield f"self_attn.{letter}_proj.weight", self.qkv_proj[part]
         yield "self_attn.o_proj.weight", self.o_proj
         if self.qkv_bias is not None and self.o_bias is not None:
-            biases = zip("qkv", self.qkv_bias.split((q_dim, kv_dim, kv_dim)), strict=True)
-            for letter, bias in biases:
-                yield f"self_attn.{letter}_proj.bias", bias
+            for letter, part in rows.items():
+                yield f"self_attn.{letter}_proj.bias", self.qkv_bias[part]
             yield "self_attn.o_proj.bias", self.o_bias
         if self.q_norm is not None and self.k_norm is not None:
             yield "self_attn.q_norm.weight", self.q_norm
@@ -267,14 +269,14 @@ class Transformer:
         positions = torch.arange(length, device=self.device).repeat(rows)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.unflatten(0, (rows, length)).transpose(1, 2) for t in (q, k, v))
+            q, k, v = (t.view(rows, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
             out = scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
             )
             return out.transpose(1, 2).flatten(0, 1)
 
         hidden = self._run_layers(token_ids.flatten(), positions, lambda _: attend, None)
-        return self.compute_logits(hidden).unflatten(0, (rows, length))
+        return self.compute_logits(hidden).view(rows, length, -1)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
