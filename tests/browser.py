@@ -83,7 +83,7 @@ def launched() -> Iterator[Any]:
 
 
 def new_tab(running: Any, **context: Any) -> tuple[Any, list[str]]:
-    """Return (page, refused): a page that reaches this machine only, and what it asked of others."""
+    """Return (page, refused): a page that reaches only this machine, what it asked of others."""
     refused: list[str] = []
 
     def local_only(route: Any) -> None:
