@@ -42,7 +42,7 @@ def test_uniform_is_uniform_over_positions_and_over_seeds() -> None:
         [uniform(7, position) for position in range(20_000)],
         [uniform(seed, 7) for seed in range(20_000)],
     ):
-        assert 0 <= min(numbers) and max(numbers) < 1
+        assert min(numbers) >= 0 and max(numbers) < 1
         counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
         assert _chi_square(counts, np.full(20, 1000.0)) < _limit(19)
         assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.03

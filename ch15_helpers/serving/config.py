@@ -67,6 +67,7 @@ class EngineConfig:
         gpu_memory_utilization: fraction of the device's memory that weights, activations and the
             pool may take together.
         max_model_len: context limit; None is the model's ``max_position_embeddings``.
+        capture_decode: replay decode steps as CUDA graphs where ``can_capture`` allows it.
     """
 
     block_size: int = 16
@@ -84,6 +85,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
     policy: str = "fcfs"
+    capture_decode: bool = True
 
     def scheduler_config(self, num_blocks: int, model_len: int) -> SchedulerConfig:
         """The scheduler's share, once the pool's size is known.

@@ -12,6 +12,7 @@ from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.kv.cache import PagedKVCache
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.config import EngineConfig
+from ch15_helpers.serving.graphs import DecodeGraphs, can_capture
 from ch15_helpers.serving.memory import pool_size
 from ch15_helpers.serving.request import Request, RequestOutput, SamplingParams
 from ch15_helpers.serving.runner import ModelRunner
@@ -85,6 +86,11 @@ class Engine:
         self.runner = ModelRunner(
             model, self.cache, self.scheduler.blocks, self.host_cache, config.attention_backend
         )
+        if config.capture_decode and can_capture(model, config.attention_backend):
+            limit = self.scheduler.config.max_model_len or model_len
+            graphs = DecodeGraphs(model, self.cache.pages, config.max_num_seqs, limit)
+            graphs.capture()
+            self.runner.graphs = graphs
         self._num_requests = 0
         self._ended: list[Request] = []  # ended outside a step, not handed out yet
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
@@ -69,7 +70,8 @@ class _Buffers:
         self._numpy[2].fill(-1)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        rows, views, start = self.rows, [], 0
+        rows, start = self.rows, 0
+        views: list[Tensor] = []
         for dtype, columns in ((torch.int64, 1),) * 3 + (
             (torch.int32, 1),
             (torch.int32, self.max_blocks),
@@ -117,14 +119,13 @@ class DecodeGraphs:
         self._wanted = ladder(max_num_seqs)
 
     @torch.inference_mode()
-    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def capture(self) -> None:
         """Capture every size, largest first so that the smaller ones reuse its memory.
 
         Sizes that do not fit in the device's memory are left out: such batches run uncaptured.
-        ``progress`` is called with (captured so far, total).
         """
         pool = None
-        for number, size in enumerate(reversed(self._wanted)):
+        for size in track(self._wanted[::-1], "capturing decode steps", transient=True):
             try:
                 captured = self._capture_one(size, pool)
             except torch.cuda.OutOfMemoryError:
@@ -133,8 +134,6 @@ class DecodeGraphs:
                 continue
             self._captured[size] = captured
             pool = captured.graph.pool()
-            if progress is not None:
-                progress(number + 1, len(self._wanted))
         self.sizes = sorted(self._captured)
 
     def fits(self, batch: HostBatch) -> bool:
@@ -160,7 +159,7 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.logits[:num_seqs], captured.ids[:num_seqs]
 
-    def _capture_one(self, size: int, pool: tuple[int, int] | None) -> _Captured:
+    def _capture_one(self, size: int, pool: Any) -> _Captured:
         device = self._model.device
         buffers = _Buffers(size, self._max_blocks, device)
         buffers.device.copy_(buffers.host)
@@ -182,7 +181,7 @@ class DecodeGraphs:
             return logits, greedy_ids(logits)
 
         # Kernels compile and libraries make their handles outside the graph.
-        side = torch.cuda.Stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             step()
@@ -191,4 +190,3 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=pool):
             logits, ids = step()
         return _Captured(graph, buffers, logits, ids)
-

@@ -10,6 +10,7 @@ from ch15_helpers.kv.blocks import BlockManager
 from ch15_helpers.kv.cache import PagedKVCache, swap_blocks
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.batch_builder import BatchBuilder, Uploader
+from ch15_helpers.serving.graphs import DecodeGraphs
 from ch15_helpers.serving.sampling import sample
 from ch15_helpers.serving.step import Step
 
@@ -17,8 +18,8 @@ from ch15_helpers.serving.step import Step
 class ModelRunner:
     """Owns the device side of a step; the scheduler's decisions are only carried out here.
 
-    Replace ``_execute`` (token ids, positions, metadata in; float32 logits out) to run the same
-    step another way, for instance by replaying a captured graph.
+    ``_execute`` (token ids, positions, metadata in; float32 logits out) is the seam for running
+    the same step another way. Attributes: ``graphs``, captured decode steps, or None.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class ModelRunner:
         blocks: BlockManager,
         host_cache: PagedKVCache | None = None,
         attention_backend: str = "auto",
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
+        self.graphs = graphs
         self.cache = cache
         self.host_cache = host_cache
         self.attention_backend = attention_backend
@@ -49,6 +52,9 @@ class ModelRunner:
         if step.is_empty:
             return []
         host = self._builder.build(step, self._blocks.tables)
+        if self.graphs is not None and self.graphs.fits(host):
+            logits, greedy = self.graphs.run(host)
+            return sample(logits, step.sampled, greedy)
         logits = self._execute(*self._uploader.upload(host))
         sampled = step.sampled
         return sample(logits, sampled) if sampled else []

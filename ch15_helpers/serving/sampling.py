@@ -37,7 +37,13 @@ def uniform(seed: int, position: int) -> float:
     return (splitmix64(splitmix64(seed & _MASK) ^ (position & _MASK)) >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+def greedy_ids(logits: Tensor) -> Tensor:
+    """Greedy choice of each row, int64 [rows]; INVALID_TOKEN where a logit is NaN or infinite."""
+    best, ids = _argmax(logits)
+    return torch.where(torch.isfinite(best), ids, INVALID_TOKEN)
+
+
+def sample(logits: Tensor, requests: Sequence[Request], greedy: Tensor | None = None) -> list[int]:
     """Next token of each request.
 
     Greedy rows cost one argmax. The others are sampled together, after temperature, top-k and
@@ -46,19 +52,23 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     Args:
         logits: [len(requests), vocab], float32 on any device; not modified.
         requests: rows in order; their parameters, seeds and lengths decide.
+        greedy: ``greedy_ids(logits)``, where the step has computed it already.
 
     Returns:
         Token ids, INVALID_TOKEN for a row whose largest logit is not finite. The one copy from
         device to host of a step happens here.
     """
-    best, ids = _argmax(logits)
+    ids = greedy_ids(logits) if greedy is None else greedy
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         group = rows[start : start + _ROWS_AT_ONCE]
         chosen = [requests[row] for row in group]
         index = torch.tensor(group, device=logits.device)
-        ids[index] = _sample_rows(logits[index], chosen)
-    tokens: list[int] = torch.where(torch.isfinite(best), ids, INVALID_TOKEN).tolist()
+        drawn = torch.where(
+            ids[index] == INVALID_TOKEN, INVALID_TOKEN, _draw(logits[index], chosen)
+        )
+        ids = ids.index_copy(0, index, drawn)
+    tokens: list[int] = ids.tolist()
     return tokens
 
 
@@ -94,7 +104,7 @@ def token_weights(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return weights
 
 
-def _sample_rows(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     numbers = [uniform(request.seed, request.num_tokens) for request in requests]
     cumulative = token_weights(logits, requests).cumsum(-1)
     total = cumulative[:, -1:]
