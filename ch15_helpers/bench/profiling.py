@@ -18,7 +18,7 @@ from ch15_helpers.errors import UnknownTargetError
 PROFILES = ("none", "minimal", "deep_dive")
 NCU_REPLAY_MODES = ("kernel", "application")
 NVTX_RANGE = "ch15"
-# Nsight Compute replays each kernel some 40 times; this many show every kind of launch of a step.
+# Nsight Compute replays each kernel some ten times: this bounds a profile to minutes.
 NCU_LAUNCHES = 200
 
 
