@@ -102,7 +102,7 @@ def paged_attention_reference(
         blocks = batch.block_tables[seq, : -(-context_len // block_size)].long()
         keys = k_cache[blocks].flatten(0, 1)[:context_len].float()
         values = v_cache[blocks].flatten(0, 1)[:context_len].float()
-        queries = q[start : start + query_len].float().unflatten(1, (kv_heads, group))
+        queries = q[start : start + query_len].float().view(query_len, kv_heads, group, -1)
         scores = torch.einsum("qhgd,khd->hgqk", queries, keys) * scale
         positions = torch.arange(context_len, device=q.device)
         visible = positions <= positions[context_len - query_len :, None]

@@ -12,6 +12,7 @@ CUDA graphs for LLM decode: vLLM and gpt-fast (2023), both with a ladder of batc
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
@@ -62,23 +63,17 @@ class _Buffers:
         num_bytes = rows * (3 * 8 + 4 + 4 * max_blocks)
         self.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
         self.device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._staging = self._views(self.host)
-        self.token_ids, self.positions, self.slots, self.context_lens, self.tables = self._views(
-            self.device
-        )
-        self._numpy = [view.numpy() for view in self._staging]
-        self._numpy[2].fill(-1)
+        self._numpy = [view.numpy() for view in self._views(self.host)]
+        on_device = self._views(self.device)
+        self.token_ids, self.positions, self.slots, self.context_lens, self.tables = on_device
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        rows, start = self.rows, 0
-        views: list[Tensor] = []
-        for dtype, columns in ((torch.int64, 1),) * 3 + (
-            (torch.int32, 1),
-            (torch.int32, self.max_blocks),
-        ):
-            stop = start + rows * columns * dtype.itemsize
-            view = flat[start:stop].view(dtype)
-            views.append(view if columns == 1 and len(views) < 4 else view.view(rows, columns))
+        row, table = (self.rows,), (self.rows, self.max_blocks)
+        shapes = [(row, torch.int64)] * 3 + [(row, torch.int32), (table, torch.int32)]
+        views, start = [], 0
+        for shape, dtype in shapes:
+            stop = start + math.prod(shape) * dtype.itemsize
+            views.append(flat[start:stop].view(dtype).view(shape))
             start = stop
         return views
 
@@ -162,7 +157,7 @@ class DecodeGraphs:
     def _capture_one(self, size: int, pool: Any) -> _Captured:
         device = self._model.device
         buffers = _Buffers(size, self._max_blocks, device)
-        buffers.device.copy_(buffers.host)
+        buffers.slots.fill_(-1)
         every = torch.arange(size + 1, device=device)
         metadata = BatchMetadata(
             query_starts=every.int(),
