@@ -70,8 +70,9 @@ def test_same_ids_on_corpus(ours: Tokenizer, theirs: Any, text: str) -> None:
 def test_same_ids_on_fuzzed_text(ours: Tokenizer, theirs: Any, text: str) -> None:
     ids = ours.encode(text)
     assert ids == theirs.encode(text, add_special_tokens=False)
-    assert ours.decode(ids, skip_special_tokens=False) == text
-    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    # Not compared with the text: the vocabulary lacks a few control bytes, which encode to nothing.
+    for skip in (True, False):
+        assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
 @settings(max_examples=200, deadline=None)

@@ -7,6 +7,7 @@ say which tensor a truncated file ends in. Layout: https://github.com/ggml-org/g
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class GGUFFile:
         self.tensors: dict[str, TensorInfo] = {}
         try:
             self._read_header()
-        except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
+        except (struct.error, ArithmeticError, IndexError, ValueError, TypeError) as error:
             raise ModelLoadError(
                 f"{path}: truncated or corrupted GGUF header near byte {self._offset} ({error}); "
                 "download the file again"
@@ -76,9 +77,11 @@ class GGUFFile:
     def dequantise(self, name: str) -> npt.NDArray[np.float32]:
         """The tensor's values as float32, the same bits that ggml and transformers compute."""
         info = self.tensors[name]
-        count = int(np.prod(info.shape))
+        count = math.prod(info.shape)
         if info.ggml_type == 0:
-            data = np.frombuffer(self._buffer, np.float32, count, info.start)
+            data: npt.NDArray[np.float32] = np.frombuffer(
+                self._buffer, np.float32, count, info.start
+            )
             return data.reshape(info.shape)
         if info.ggml_type == 3:
             blocks = np.frombuffer(self._buffer, _Q4_1, count // 32, info.start)
@@ -86,7 +89,9 @@ class GGUFFile:
         if info.ggml_type == 8:
             blocks = np.frombuffer(self._buffer, _Q8_0, count // 32, info.start)
             scales = blocks["scale"].astype(np.float32)[:, None]
-            return np.multiply(blocks["values"], scales, dtype=np.float32).reshape(info.shape)
+            values = blocks["values"].astype(np.float32)
+            values *= scales
+            return values.reshape(info.shape)
         return self._dequantise_with_gguf(info)
 
     def _dequantise_with_gguf(self, info: TensorInfo) -> npt.NDArray[np.float32]:
@@ -102,7 +107,8 @@ class GGUFFile:
                 f"{self.path}: tensor {info.name!r} has type {kind.name}, which cannot be "
                 "dequantised; use a Q4_0, Q4_1, Q8_0, K-quant, F16, BF16 or F32 file"
             ) from error
-        return values.astype(np.float32, copy=False).reshape(info.shape)
+        flat: npt.NDArray[np.float32] = values.astype(np.float32, copy=False)
+        return flat.reshape(info.shape)
 
     def _read_header(self) -> None:
         version = self._scalar("I")
@@ -135,12 +141,12 @@ class GGUFFile:
             raise ModelLoadError(
                 f"{self.path}: tensor {name!r} has the unknown type number {ggml_type}"
             ) from error
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         if count % block:
             raise ModelLoadError(
                 f"{self.path}: tensor {name!r} has {count} elements, expected a multiple of {block}"
             )
-        return count // block * block_bytes
+        return int(count // block * block_bytes)
 
     def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._buffer, self._offset)

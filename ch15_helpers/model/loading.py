@@ -48,7 +48,7 @@ def load_model(
         model = _random_model(text.removeprefix(_RANDOM), target, kind, seed)
     elif text == "smollm2":
         model = _load_gguf(find_smollm2(), target, kind)
-    elif Path(text).is_dir():
+    elif text and Path(text).is_dir():
         from ch15_helpers.model.hf_directory import load_hf_directory
 
         model = load_hf_directory(Path(text), target, kind)
@@ -138,7 +138,8 @@ def _random_model(preset: str, device: torch.device, dtype: torch.dtype, seed: i
     generator = torch.Generator(device=device)
     with torch.no_grad():
         for name, weight in model.named_weights():
-            generator.manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            # A hash, because the CPU generator looks at the low 32 bits of a seed only.
+            generator.manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
             if weight.dim() == 1:
                 weight.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
