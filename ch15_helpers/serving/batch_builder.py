@@ -128,13 +128,14 @@ class BatchBuilder:
 class Uploader:
     """Moves a HostBatch to the device: nothing to do on CPU, one pinned copy elsewhere.
 
-    The staging buffer is reused. That is safe because a step ends by reading its token ids back,
-    so the copy of the step before has long been made.
+    The staging buffer is reused, so each copy first waits for the one before it: a step in which
+    nobody samples reads nothing back, and its copy may still be queued behind its kernels.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._staging = torch.empty(0, dtype=torch.uint8)
+        self._copied: torch.cuda.Event | None = None
 
     def upload(self, host: HostBatch) -> tuple[Tensor, Tensor, BatchMetadata]:
         """Token ids, positions and metadata on the device."""
@@ -161,6 +162,8 @@ class Uploader:
         return tokens, positions, batch
 
     def _copy(self, arrays: tuple[npt.NDArray[np.generic], ...]) -> list[Tensor]:
+        if self._copied is not None:
+            self._copied.synchronize()
         total = sum(array.nbytes for array in arrays)
         if self._staging.numel() < total:
             self._staging = torch.empty(2 * total, dtype=torch.uint8, pin_memory=True)
@@ -170,6 +173,8 @@ class Uploader:
             staging[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
             start += array.nbytes
         on_device = self._staging[:total].to(self.device, non_blocking=True)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record()
         tensors, start = [], 0
         for array in arrays:
             dtype = torch.int64 if array.dtype == np.int64 else torch.int32
