@@ -91,8 +91,11 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class _Captured:
+    """A graph and every tensor whose address it holds: freed memory would be read on replay."""
+
     graph: torch.cuda.CUDAGraph
     buffers: _Buffers
+    batch: BatchMetadata
     logits: Tensor
     ids: Tensor
 
@@ -184,4 +187,4 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits, ids = step()
-        return _Captured(graph, buffers, logits, ids)
+        return _Captured(graph, buffers, metadata, logits, ids)
