@@ -56,8 +56,10 @@ def demo_notebook() -> dict[str, Any]:
 
     cells = [nbformat.v4.new_markdown_cell(DEMO[0])]
     cells += [nbformat.v4.new_code_cell(source.strip()) for source in DEMO[1:]]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return dict(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}))
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    metadata = {"kernelspec": kernel, "language_info": language}
+    return dict(nbformat.v4.new_notebook(cells=cells, metadata=metadata))
 
 
 def write_demo(path: Path, execute: bool) -> None:

@@ -229,6 +229,9 @@ function words(item, value) {
 function build(root, spec, values, changed) {
   root.classList.add("ch15-explorer");
   root.setAttribute("role", "group");
+  root.addEventListener("keydown", (event) => { // JupyterLab would take the arrow keys
+    if (/^(Arrow|Page|Home|End)/.test(event.key)) event.stopPropagation();
+  });
   root.setAttribute("aria-label", spec.title);
   node(root, "div", { class: "title" }, spec.title);
   const controls = node(root, "div", { class: "controls" });
