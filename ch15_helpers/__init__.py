@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ch15_helpers.model.loading import load_model
     from ch15_helpers.serving.config import EngineConfig
     from ch15_helpers.serving.engine import Engine
-    from ch15_helpers.serving.metrics import SLO, goodput, summarise
-    from ch15_helpers.serving.request import RequestOutput, SamplingParams
+    from ch15_helpers.serving.metrics import goodput, summarise
+    from ch15_helpers.serving.request import SLO, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -48,7 +48,7 @@ def _home(name: str) -> str:
         "load_model": "model.loading",
         "EngineConfig": "serving.config",
         "Engine": "serving.engine",
-        "SLO": "serving.metrics",
+        "SLO": "serving.request",
         "goodput": "serving.metrics",
         "summarise": "serving.metrics",
         "RequestOutput": "serving.request",

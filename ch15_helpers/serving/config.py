@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # the scheduler and the simulator run without torch
     import torch
 
     from ch15_helpers.kv.cache import Layout
+    from ch15_helpers.serving.policy import Policy
 
 Preemption = Literal["recompute", "swap"]
 
@@ -27,7 +28,7 @@ class SchedulerConfig:
         watermark: fraction of blocks that admission leaves free for running requests to grow.
         preemption: ``recompute`` or ``swap`` (which recomputes when the host pool is full).
         max_model_len: most tokens of prompt and output together; None is no limit.
-        policy: name for ``make_policy``.
+        policy: name for ``make_policy``, or a Policy.
     """
 
     max_num_seqs: int = 64
@@ -39,7 +40,7 @@ class SchedulerConfig:
     watermark: float = 0.01
     preemption: Preemption = "recompute"
     max_model_len: int | None = None
-    policy: str = "fcfs"
+    policy: str | Policy = "fcfs"
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
@@ -84,7 +85,7 @@ class EngineConfig:
     seed: int = 0
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
-    policy: str = "fcfs"
+    policy: str | Policy = "fcfs"
     capture_decode: bool = True
 
     def scheduler_config(self, num_blocks: int, model_len: int) -> SchedulerConfig:

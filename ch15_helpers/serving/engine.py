@@ -14,7 +14,7 @@ from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.graphs import DecodeGraphs, can_capture
 from ch15_helpers.serving.memory import pool_size
-from ch15_helpers.serving.request import Request, RequestOutput, SamplingParams
+from ch15_helpers.serving.request import SLO, Request, RequestOutput, SamplingParams
 from ch15_helpers.serving.runner import ModelRunner
 from ch15_helpers.serving.sampling import derive_seed
 from ch15_helpers.serving.scheduler import Scheduler
@@ -124,7 +124,10 @@ class Engine:
             raise InvalidRequestError("the list of prompts is empty; it needs at least one")
         each = self._params_for(len(prompts), params)
         token_ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
-        names = [self._add(tokens, p) for tokens, p in zip(token_ids, each, strict=True)]
+        names = [
+            self._queue(self._request(tokens, params, None, self.clock()))
+            for tokens, params in zip(token_ids, each, strict=True)
+        ]
         outputs: dict[str, RequestOutput] = {}
         wanted = set(names)
         others: list[Request] = []
@@ -151,17 +154,25 @@ class Engine:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         arrival_s: float | None = None,
+        *,
+        priority: int = 0,
+        slo: SLO | None = None,
     ) -> str:
         """Queue one request; returns its id. A prompt that is too long ends in the next step.
 
         Args:
             arrival_s: when it arrived, on the engine's clock; None is now.
+            priority: smaller is served earlier, under the ``priority`` policy.
+            slo: its own latency limits, for the ``least_slack`` policy.
 
         Raises:
             InvalidRequestError: the prompt makes no sense, or the id is in use.
         """
         tokens = self._encode(prompt, "the prompt")
-        return self._add(tokens, params or SamplingParams(), request_id, arrival_s)
+        now_s = self.clock() if arrival_s is None else arrival_s
+        request = self._request(tokens, params or SamplingParams(), request_id, now_s)
+        request.priority, request.slo = priority, slo
+        return self._queue(request)
 
     def fork(
         self, request_id: str, params: SamplingParams | None = None, child_id: str | None = None
@@ -245,15 +256,7 @@ class Engine:
             num_free_blocks=self.scheduler.blocks.allocator.num_free,
         )
 
-    def _add(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        request_id: str | None = None,
-        arrival_s: float | None = None,
-    ) -> str:
-        now_s = self.clock() if arrival_s is None else arrival_s
-        request = self._request(token_ids, params, request_id, now_s)
+    def _queue(self, request: Request) -> str:
         if not self.scheduler.add(request):
             self._ended.append(request)
         return request.request_id

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ch15_helpers.serving.request import RequestOutput
+from ch15_helpers.serving.request import SLO, RequestOutput
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,6 @@ class Percentiles:
     p99: float
     mean: float
     max: float
-
-
-@dataclass(frozen=True)
-class SLO:
-    """Service level objective: both must hold for a request to count.
-
-    Attributes:
-        ttft_s: limit of the time to first token.
-        tpot_s: limit of the time per output token.
-    """
-
-    ttft_s: float
-    tpot_s: float
-
-    def met_by(self, output: RequestOutput) -> bool:
-        """Whether the request completed within both limits (one token alone has no TPOT)."""
-        ttft_s, tpot_s = output.metrics.ttft_s, output.metrics.tpot_s
-        if output.finish_reason not in ("stop", "length") or ttft_s is None:
-            return False
-        return ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,31 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class SLO:
+    """Service level objective of one request: both limits must hold for it to count.
+
+    Attributes:
+        ttft_s: limit of the time to first token, from arrival.
+        tpot_s: limit of the time per output token after the first.
+    """
+
+    ttft_s: float
+    tpot_s: float
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def met_by(self, output: RequestOutput) -> bool:
+        """Whether the request completed within both limits (one token alone has no TPOT)."""
+        ttft_s, tpot_s = output.metrics.ttft_s, output.metrics.tpot_s
+        if output.finish_reason not in ("stop", "length") or ttft_s is None:
+            return False
+        return ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)
+
+
+@dataclass(frozen=True)
 class RequestMetrics:
     """Latencies of one request in seconds; None where it never got that far.
 
@@ -94,6 +119,9 @@ class Request:
 
     ``num_computed_tokens`` counts tokens whose K and V are in the cache. A request whose prompt is
     computed always has exactly one known token that is not computed: the one sampled last.
+
+    ``slo`` and ``priority`` (a smaller number is served earlier, as in vLLM) are what the caller
+    was promised, not how to continue the prompt; only some policies look at them.
     """
 
     request_id: str
@@ -102,6 +130,8 @@ class Request:
     arrival_s: float = 0.0
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    priority: int = 0
+    slo: SLO | None = None
     output_token_ids: list[int] = field(default_factory=list)
     token_times_s: list[float] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -112,6 +142,7 @@ class Request:
     num_preemptions: int = 0
     # Set by the scheduler:
     ordinal: int = -1  # order of arrival
+    rank: float = 0.0  # place in the queue, from Policy.rank; smaller is earlier
     slot: int = -1  # row of BlockManager.tables while RUNNING
     max_output_tokens: int = 0  # max_tokens, or less where the model's context ends
     event_at: int = 0  # output length at which something other than one more token happens

@@ -12,77 +12,25 @@ looked up before that.
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 
 from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.serving.config import SchedulerConfig
-from ch15_helpers.serving.policy import Policy, make_policy
+from ch15_helpers.serving.fast_forward import FastForward
 from ch15_helpers.serving.request import INVALID_TOKEN, Request, RequestStatus
-from ch15_helpers.serving.residency import Residency
 from ch15_helpers.serving.step import ScheduledChunk, Step
 
 __all__ = ["ScheduledChunk", "Scheduler", "SchedulerConfig", "Step"]
 
-_RUNNING, _FINISHED = RequestStatus.RUNNING, RequestStatus.FINISHED
+_RUNNING = RequestStatus.RUNNING
 
 
-class Scheduler:
+class Scheduler(FastForward):
     """Decides each step; ``update`` tells it what came out.
 
     Call ``schedule``, run the step, then ``update`` (or ``fail``) with the same step before the
     next ``schedule``.
     """
-
-    def __init__(self, config: SchedulerConfig, policy: Policy | None = None) -> None:
-        self.config = config
-        self.policy = policy if policy is not None else make_policy(config.policy)
-        self.residency = Residency(config)
-        self.blocks = self.residency.blocks
-        self.host_blocks = self.residency.host_blocks
-        self.num_preemptions = 0
-        self._watermark_blocks = math.ceil(config.watermark * config.num_blocks)
-        self._requests: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()
-        self._prefilling: list[Request] = []
-        # Replaced, never changed in place: a Step keeps the list, and the runner reuses what it
-        # built for the same list.
-        self._decoding: list[Request] = []
-        self._growing: list[Request] = []  # must get a block, or a private copy of one, first
-        self._num_added = 0
-
-    # ---- state -----------------------------------------------------------------------------
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is not finished."""
-        return bool(self._requests)
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in the queue, preempted ones included."""
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Requests that hold KV blocks on the device."""
-        return len(self._prefilling) + len(self._decoding)
-
-    @property
-    def waiting(self) -> Sequence[Request]:
-        """The queue, next to be admitted first."""
-        return tuple(self._waiting)
-
-    @property
-    def running(self) -> Iterator[Request]:
-        """Requests that hold KV blocks, those still in their prompt first."""
-        return chain(self._prefilling, self._decoding)
-
-    def get(self, request_id: str) -> Request | None:
-        """An unfinished request by id."""
-        return self._requests.get(request_id)
 
     # ---- requests in and out ---------------------------------------------------------------
 
@@ -101,7 +49,7 @@ class Scheduler:
         if reason is not None:
             self._finish(request, "error", reason)
             return False
-        self._waiting.append(request)
+        self._enqueue(request)
         return True
 
     def fork(self, parent_id: str, child: Request) -> None:
@@ -148,18 +96,16 @@ class Scheduler:
     # ---- one step --------------------------------------------------------------------------
 
     def schedule(self, now_s: float) -> Step:
-        """Decide the next step: decodes, then prompts under way, then admissions."""
+        """Decide the next step: decodes, and prompts as the policy wants them beside or before."""
         step = Step()
+        prompts_apart = self.policy.max_prefill_steps > 0
+        if prompts_apart and self._prompts_alone(step, now_s):
+            return step
         if self._growing:
             self._grow(step)
-        budget = self.config.max_num_batched_tokens - len(self._decoding)
-        for request in self._prefilling:
-            if budget <= 0:
-                break
-            budget -= self._add_chunk(step, request, budget)
-        # Nobody is admitted into room that a preemption has just made.
-        if self._waiting and not step.preempted:
-            self._admit(step, budget, now_s)
+        if not prompts_apart and (self._waiting or self._prefilling):
+            budget = self.config.max_num_batched_tokens - len(self._decoding)
+            self._add_prompts(step, budget, now_s)
         step.decodes = self._decoding
         return step
 
@@ -209,87 +155,99 @@ class Scheduler:
                 self.residency.forget(request)
         return finished
 
-    def check_invariants(self) -> None:
-        """Raise AssertionError when queues, statuses, tables and pools disagree."""
-        self.residency.check_invariants()
-        running, waiting = list(self.running), list(self._waiting)
-        assert {*running, *waiting} == set(self._requests.values()), "a request is lost"
-        assert len(running) + len(waiting) == len(self._requests), "a request is queued twice"
-        assert self.blocks.num_seqs == len(running), "a table without a running request"
-        assert len(running) <= self.config.max_num_seqs, "more than max_num_seqs run"
-        assert len(self._decoding) <= self.config.max_num_batched_tokens, "decodes exceed budget"
-        for request in running:
-            assert request.status is _RUNNING, f"{request.request_id} runs as {request.status}"
-            assert request.slot == self.blocks.row(request.request_id), "stale slot"
-            assert not request.host_blocks, "blocks on the device and on the host"
-        for request in waiting:
-            assert request.status is not _RUNNING, f"{request.request_id} waits as running"
-            swapped = request.status is RequestStatus.SWAPPED
-            assert swapped == bool(request.host_blocks), "SWAPPED means: blocks on the host"
-            assert swapped or request.num_computed_tokens == 0, "tokens computed, but nowhere"
-        on_host = sum(len(request.host_blocks) for request in waiting)
-        assert on_host == self.host_blocks.num_used, "host blocks leak"
-        for request in self._decoding:
-            assert request.num_computed_tokens == request.num_tokens - 1, "decode out of step"
-            position = request.num_computed_tokens
-            ready = self.blocks.can_write(request.request_id, position)
-            assert ready or request in self._growing, f"{request.request_id} has nowhere to write"
-
     # ---- inside ----------------------------------------------------------------------------
 
-    def _register(self, request: Request) -> None:
-        if request.request_id in self._requests:
-            raise InvalidRequestError(
-                f"request id {request.request_id!r} is in use; choose another"
-            )
-        self._requests[request.request_id] = request
-        request.ordinal = self._num_added
-        self._num_added += 1
-        self._limit_output(request)
+    def _prompts_alone(self, step: Step, now_s: float) -> bool:
+        """Make this a step of prompts, if there are any and decodes have not waited too long."""
+        if self._decoding and self._num_prefill_steps >= self.policy.max_prefill_steps:
+            self._num_prefill_steps = 0
+            return False
+        if self._waiting or self._prefilling:
+            self._add_prompts(step, self.config.max_num_batched_tokens, now_s)
+            if step.chunks or step.swap_in or step.failed:
+                self._num_prefill_steps += 1
+                return True
+        self._num_prefill_steps = 0
+        return False
 
-    def _limit_output(self, request: Request) -> None:
-        request.max_output_tokens = request.params.max_tokens
-        if self.config.max_model_len is not None:
-            # A prompt that fills the context still gets the token that its last position predicts.
-            room = max(1, self.config.max_model_len - request.num_prompt_tokens)
-            request.max_output_tokens = min(request.max_output_tokens, room)
+    def _add_prompts(self, step: Step, budget: int, now_s: float) -> None:
+        """Admit requests and hand the budget out to prompts."""
+        if budget > 0:
+            wanted = self.policy.prefill_budget(self._decoding, budget, now_s)
+            budget = max(1, min(wanted, budget))
+        # Nobody is admitted into room that a preemption has just made.
+        if self._waiting and not step.preempted:
+            budget -= self._admit(step, budget, now_s)
+        prompts = self._prefilling
+        if len(prompts) > 1:
+            prompts = sorted(prompts, key=lambda request: self.policy.urgency(request, now_s))
+        for request in prompts:
+            if budget <= 0:
+                return
+            start = request.num_computed_tokens
+            remaining = num_tokens = request.num_tokens - start
+            if remaining > budget:
+                if self.config.enable_chunked_prefill:
+                    num_tokens = budget
+                elif step.chunks:
+                    return
+            step.chunks.append(ScheduledChunk(request, start, num_tokens, num_tokens == remaining))
+            budget -= num_tokens
 
-    def _add_chunk(self, step: Step, request: Request, budget: int) -> int:
-        """Put as much of a prompt as the budget allows into the step; returns the tokens."""
-        start = request.num_computed_tokens
-        remaining = request.num_tokens - start
-        num_tokens = remaining if not self.config.enable_chunked_prefill else min(remaining, budget)
-        step.chunks.append(ScheduledChunk(request, start, num_tokens, num_tokens == remaining))
-        return num_tokens
-
-    def _admit(self, step: Step, budget: int, now_s: float) -> None:
-        chunked = self.config.enable_chunked_prefill
-        while self._waiting and budget > 0 and self.num_running < self.config.max_num_seqs:
+    def _admit(self, step: Step, budget: int, now_s: float) -> int:
+        """Give slots and blocks to those whose turn it is; returns how many came back to decode."""
+        joins_running = self.policy.joins_running
+        if self.num_running and not joins_running:
+            return 0
+        resumed = 0
+        under_way = sum(r.num_tokens - r.num_computed_tokens for r in self._prefilling)
+        while self._waiting and self.num_running < self._max_running:
             index = self.policy.next_index(self._waiting, self.num_running, now_s)
             if index < 0:
-                return
+                break
             request = self._waiting[index]
             needed = self.blocks.blocks_for(request.num_tokens)
-            reserve = self._watermark_blocks if self.num_running else 0
             if needed > self.config.num_blocks:
                 del self._waiting[index]
                 self._outgrown(step, request)
                 continue
+            reserve = self._watermark_blocks if self.num_running else 0
             if needed + reserve > self.blocks.allocator.num_free:
-                return
+                break
             remaining = request.num_tokens - request.num_computed_tokens
-            if not chunked and remaining > budget and step.chunks:
-                return
+            # With room for everybody nobody's order matters.
+            crowded = joins_running and under_way + remaining > budget - resumed
+            if crowded and not self._has_room(request, remaining, budget - resumed, now_s):
+                break
             del self._waiting[index]
-            self.residency.bring_in(request, step)
-            if request.first_scheduled_s is None:
-                request.first_scheduled_s = now_s
-            if remaining == 1 and request.output_token_ids:
-                self._decoding = [*self._decoding, request]
-                budget -= 1
+            if self._start(step, request, now_s):
+                resumed += 1
             else:
-                self._prefilling.append(request)
-                budget -= self._add_chunk(step, request, budget)
+                under_way += remaining
+        return resumed
+
+    def _has_room(self, request: Request, remaining: int, budget: int, now_s: float) -> bool:
+        """Whether a request from the queue would be computed in this step."""
+        mine = self.policy.urgency(request, now_s)
+        ahead = sum(
+            prompt.num_tokens - prompt.num_computed_tokens
+            for prompt in self._prefilling
+            if self.policy.urgency(prompt, now_s) <= mine
+        )
+        if ahead >= budget:
+            return False
+        return self.config.enable_chunked_prefill or not ahead or ahead + remaining <= budget
+
+    def _start(self, step: Step, request: Request, now_s: float) -> bool:
+        """Bring a request in; returns whether it goes on decoding at once."""
+        self.residency.bring_in(request, step)
+        if request.first_scheduled_s is None:
+            request.first_scheduled_s = now_s
+        if request.output_token_ids and request.num_computed_tokens == request.num_tokens - 1:
+            self._decoding = [*self._decoding, request]
+            return True
+        self._prefilling.append(request)
+        return False
 
     def _grow(self, step: Step) -> None:
         """Give blocks to the decodes that need one, oldest first, preempting as needed."""
@@ -314,7 +272,7 @@ class Scheduler:
         step.preempted.append(request)
         self.num_preemptions += 1
         request.num_preemptions += 1
-        self._waiting.appendleft(request)
+        self._enqueue(request)
 
     def _update_chunks(self, step: Step, token_ids: Sequence[int], now_s: float) -> list[Request]:
         """Advance prompts; those complete join the decodes. Returns requests with an event."""
@@ -358,17 +316,3 @@ class Scheduler:
         reason = self.residency.why_never(request)
         self._finish(request, "error", f"{reason}; its tokens so far are kept")
         step.failed.append(request)
-
-    def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
-        """Free everything; the caller takes the request out of the lists."""
-        self.residency.release(request)
-        request.status, request.finish_reason, request.error = _FINISHED, reason, error
-        del self._requests[request.request_id]
-
-    def _unlink(self, request: Request) -> None:
-        if request.status is not _RUNNING:
-            self._waiting.remove(request)
-        elif request in self._prefilling:
-            self._prefilling.remove(request)
-        else:
-            self._decoding = [r for r in self._decoding if r is not request]

@@ -1,0 +1,64 @@
+"""Many decode steps at once: what makes the simulator fast without making it less exact.
+
+Between two events (an arrival, a finished request, a full pool) a scheduler returns the same
+decodes step after step. Without a model there is nothing to do in between but to count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ch15_helpers.serving.scheduler_state import SchedulerState
+from ch15_helpers.serving.step import Step
+
+
+class FastForward(SchedulerState):
+    """Repeats decode steps for a driver that has no model, such as the simulator."""
+
+    def num_quiet_steps(self, step: Step) -> int:
+        """How often ``schedule`` would now return the decodes of ``step`` again, and nothing else.
+
+        Ask after ``update`` of a step in which nothing finished. The number is a lower bound; it
+        assumes that nothing arrives, that only lengths end requests, and that none was forked.
+        """
+        if step.chunks or step.preempted or step.decodes is not self._decoding or self._prefilling:
+            return 0
+        blocked = self.num_running >= self._max_running or not self.policy.joins_running
+        if self._waiting and not blocked and not self.policy.timeless:
+            return 0
+        quiet = min(r.max_output_tokens - len(r.output_token_ids) for r in self._decoding) - 1
+        while quiet > 0 and self._blocks_for_steps(quiet) > self.blocks.allocator.num_free:
+            quiet //= 2
+        return max(0, quiet)
+
+    def repeat(self, times_s: Sequence[float], token: int) -> None:
+        """``schedule`` and ``update`` the current decodes ``len(times_s)`` times over.
+
+        Args:
+            times_s: when each step ended; no more of them than ``num_quiet_steps`` said.
+            token: what every request got in every step; it must not be one that ends a request.
+        """
+        count = len(times_s)
+        tokens = [token] * count
+        self._growing = []
+        for request in self._decoding:
+            output = request.output_token_ids
+            if len(output) + count > request.event_at:
+                last = request.num_tokens + count - 1
+                self.blocks.ensure(request.request_id, last, count)
+                self.residency.set_event(request)
+            output += tokens
+            request.token_times_s += times_s
+            request.num_computed_tokens += count
+            if len(output) >= request.event_at:
+                self._growing.append(request)
+
+    def _blocks_for_steps(self, count: int) -> int:
+        """Blocks that ``count`` more decode steps take."""
+        blocks = self.blocks
+        return sum(
+            blocks.blocks_for(request.num_tokens + count - 1)
+            - blocks.capacity(request.request_id) // blocks.block_size
+            for request in self._decoding
+            if len(request.output_token_ids) + count > request.event_at
+        )
