@@ -151,9 +151,10 @@ def best_s(code: str, limit_s: float, tries: int = 6) -> float:
 
 
 def test_importing_the_package_is_cheap() -> None:
+    # Processor time: it does not count what other processes do meanwhile.
     code = (
-        "import torch, time; t = time.perf_counter(); import ch15_helpers;"
-        "ch15_helpers.Engine, ch15_helpers.load_model; print(time.perf_counter() - t)"
+        "import torch, time; t = time.process_time(); import ch15_helpers;"
+        "ch15_helpers.Engine, ch15_helpers.load_model; print(time.process_time() - t)"
     )
     assert best_s(code, 0.3) < 0.3
 
