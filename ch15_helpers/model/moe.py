@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from ch15_helpers.kernels.linear import linear
 from ch15_helpers.kernels.swiglu import swiglu
 from ch15_helpers.model.config import ModelConfig
 

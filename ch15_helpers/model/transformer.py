@@ -7,21 +7,22 @@ one flat batch, and a :class:`BatchMetadata` says which pages each of them reads
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.kernels.kv_write import write_kv
+from ch15_helpers.kernels.linear import linear
 from ch15_helpers.kernels.paged_attention import paged_attention
 from ch15_helpers.kernels.rms_norm import rms_norm
 from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache
 from ch15_helpers.kernels.swiglu import swiglu
 from ch15_helpers.model.config import ModelConfig
 from ch15_helpers.model.moe import MoEBlock
-from ch15_helpers.model.storage import empty_weight
 
 if TYPE_CHECKING:
     from ch15_helpers.model.tokenizer import Tokenizer
@@ -39,9 +40,10 @@ class DenseMLP:
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        new = partial(torch.empty, device=device, dtype=dtype)
         inner, hidden = config.intermediate_size, config.hidden_size
-        self.gate_up_proj = empty_weight(2 * inner, hidden, device, dtype)
-        self.down_proj = empty_weight(hidden, inner, device, dtype)
+        self.gate_up_proj = new(2 * inner, hidden)
+        self.down_proj = new(hidden, inner)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, hidden] to [N, hidden]."""
@@ -68,19 +70,20 @@ class DecoderLayer:
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        new = partial(torch.empty, device=device, dtype=dtype)
         self.config = config
         hidden, head_dim = config.hidden_size, config.head_dim
         q_dim = config.num_attention_heads * head_dim
         kv_dim = config.num_key_value_heads * head_dim
-        self.qkv_proj = empty_weight(q_dim + 2 * kv_dim, hidden, device, dtype)
-        self.o_proj = empty_weight(hidden, q_dim, device, dtype)
+        self.qkv_proj = new(q_dim + 2 * kv_dim, hidden)
+        self.o_proj = new(hidden, q_dim)
         bias = config.attention_bias
-        self.qkv_bias = _vector(q_dim + 2 * kv_dim, device, dtype) if bias else None
-        self.o_bias = _vector(hidden, device, dtype) if bias else None
-        self.q_norm = _vector(head_dim, device, dtype) if config.qk_norm else None
-        self.k_norm = _vector(head_dim, device, dtype) if config.qk_norm else None
-        self.input_norm = _vector(hidden, device, dtype)
-        self.post_attention_norm = _vector(hidden, device, dtype)
+        self.qkv_bias = new(q_dim + 2 * kv_dim) if bias else None
+        self.o_bias = new(hidden) if bias else None
+        self.q_norm = new(head_dim) if config.qk_norm else None
+        self.k_norm = new(head_dim) if config.qk_norm else None
+        self.input_norm = new(hidden)
+        self.post_attention_norm = new(hidden)
         block = MoEBlock if config.is_moe else DenseMLP
         self.mlp: DenseMLP | MoEBlock = block(config, device, dtype)
 
@@ -171,11 +174,11 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         """Allocates the weights uninitialised; :func:`load_model` fills them."""
+        new = partial(torch.empty, device=device, dtype=dtype)
         self.config, self.device, self.dtype = config, device, dtype
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = torch.empty(shape, device=device, dtype=dtype)
+        self.embed_tokens = new(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, device, dtype) for _ in range(config.num_hidden_layers)]
-        self.final_norm = _vector(config.hidden_size, device, dtype)
+        self.final_norm = new(config.hidden_size)
         tied = config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else torch.empty_like(self.embed_tokens)
         self.cos_sin_cache = build_cos_sin_cache(
@@ -314,7 +317,3 @@ class Transformer:
     def weight_bytes(self) -> int:
         """Bytes of all weights, tied ones once."""
         return sum(weight.nbytes for _, weight in self.named_weights())
-
-
-def _vector(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.empty(size, device=device, dtype=dtype)
