@@ -46,3 +46,7 @@ class HardwareError(Ch15Error):
 
 class NotebookError(Ch15Error):
     """A notebook failed to execute; names the notebook, the cell and the error."""
+
+
+class WorkloadError(Ch15Error, ValueError):
+    """A trace or a workload makes no sense; for a file, names it and the line."""

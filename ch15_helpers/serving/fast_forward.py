@@ -19,12 +19,13 @@ class FastForward(SchedulerState):
         """How often ``schedule`` would now return the decodes of ``step`` again, and nothing else.
 
         Ask after ``update`` of a step in which nothing finished. The number is a lower bound; it
-        assumes that nothing arrives, that only lengths end requests, and that none was forked.
+        assumes that nothing more arrives, that only lengths end requests, and that none was forked.
         """
         if step.chunks or step.preempted or step.decodes is not self._decoding or self._prefilling:
             return 0
-        blocked = self.num_running >= self._max_running or not self.policy.joins_running
-        if self._waiting and not blocked and not self.policy.timeless:
+        full = self.num_running >= self._max_running or not self.policy.joins_running
+        # Otherwise whoever waits did not fit, which stays so if it is the same one that is asked.
+        if self._waiting and not full and (self._disturbed or not self.policy.timeless):
             return 0
         quiet = min(r.max_output_tokens - len(r.output_token_ids) for r in self._decoding) - 1
         while quiet > 0 and self._blocks_for_steps(quiet) > self.blocks.allocator.num_free:

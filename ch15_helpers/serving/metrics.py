@@ -3,16 +3,51 @@
 Definitions follow MLPerf Inference and DistServe (Zhong et al., OSDI 2024): TTFT is from arrival
 to the first token, so it contains queueing and prefill; TPOT is the mean time of a token after
 the first; ITL is each such time by itself, so that a stall that TPOT averages away stays visible;
-goodput counts only requests that meet *both* latency targets.
+goodput counts only requests that meet *both* latency targets. Whether a request with stalls
+meets its token target depends on how the target is read: see ``SLODefinition``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from ch15_helpers.serving.request import SLO, RequestOutput
+
+Floats = npt.NDArray[np.float64]
+
+MLPERF_SLOS: Mapping[str, SLO] = MappingProxyType(
+    {
+        "llama2-70b": SLO(2.0, 0.200),
+        "llama2-70b-interactive": SLO(0.450, 0.040),
+        "mixtral-8x7b": SLO(2.0, 0.200),
+        "llama3.1-405b": SLO(6.0, 0.175),
+        "llama3.1-405b-interactive": SLO(4.5, 0.080),
+        "llama3.1-8b": SLO(2.0, 0.100),
+        "llama3.1-8b-interactive": SLO(0.5, 0.030),
+        "deepseek-r1": SLO(2.0, 0.080),
+        "deepseek-r1-interactive": SLO(1.5, 0.015),
+    }
+)
+"""TTFT and TPOT limits of the server scenario in MLPerf Inference: ``loadgen/mlperf.conf`` of
+mlcommons/inference, read at commit 001712e (v5.1 and later). MLPerf asks that the 99th percentiles
+of a run be within them: see ``passes_mlperf``."""
+
+SLODefinition = Literal["tpot", "itl", "pace"]
+"""How the token limit of an SLO is read, with TTFT within its limit in all three:
+
+- ``tpot``: the mean time per token is within ``tpot_s`` (MLPerf, DistServe); hides stalls.
+- ``itl``: each inter-token latency is; one stall fails the request.
+- ``pace``: token k is there by ``ttft_s + k * tpot_s``, so that a reader never catches up with
+  the text (Andes, Liu et al. 2024; Etalon, Agrawal et al. 2024); early tokens buy time.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,14 +103,14 @@ def percentiles(values: Sequence[float]) -> Percentiles:
     """The usual ones, from one sort."""
     if not values:
         return Percentiles(0, math.nan, math.nan, math.nan, math.nan, math.nan)
-    ordered = sorted(values)
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
     return Percentiles(
         count=len(ordered),
         p50=_interpolate(ordered, 50),
         p95=_interpolate(ordered, 95),
         p99=_interpolate(ordered, 99),
-        mean=math.fsum(ordered) / len(ordered),
-        max=ordered[-1],
+        mean=math.fsum(values) / len(ordered),
+        max=float(ordered[-1]),
     )
 
 
@@ -122,8 +157,65 @@ def goodput(outputs: Sequence[RequestOutput], slo: SLO, duration_s: float) -> fl
     return sum(map(slo.met_by, outputs)) / duration_s
 
 
-def _interpolate(ordered: Sequence[float], percent: float) -> float:
+@dataclass(frozen=True)
+class Score:
+    """One run under one reading of one SLO.
+
+    Attributes:
+        num_met: requests that met it.
+        attainment: of all requests, failed ones included; NaN when there are none.
+        goodput_per_s: of those that met it.
+    """
+
+    slo: SLO
+    definition: SLODefinition
+    num_met: int
+    attainment: float
+    goodput_per_s: float
+
+
+def meets(output: RequestOutput, slo: SLO, definition: SLODefinition = "tpot") -> bool:
+    """Whether a request completed within the SLO, read as ``definition`` says."""
+    metrics = output.metrics
+    if definition == "tpot":
+        return slo.met_by(output)
+    if definition not in ("itl", "pace"):
+        raise ValueError(f"definition is {definition!r}; it must be tpot, itl or pace")
+    if output.finish_reason not in ("stop", "length") or metrics.ttft_s is None:
+        return False
+    if definition == "itl":
+        return metrics.ttft_s <= slo.ttft_s and max(metrics.itl_s, default=0.0) <= slo.tpot_s
+    times_s = accumulate(metrics.itl_s, initial=metrics.ttft_s)
+    return all(time_s <= slo.ttft_s + k * slo.tpot_s for k, time_s in enumerate(times_s))
+
+
+def score(
+    outputs: Sequence[RequestOutput],
+    slo: SLO,
+    duration_s: float,
+    definition: SLODefinition = "tpot",
+) -> Score:
+    """Attainment and goodput of a run."""
+    if not duration_s > 0:
+        raise ValueError(f"duration_s must be positive, got {duration_s}")
+    met = sum(meets(output, slo, definition) for output in outputs)
+    fraction = met / len(outputs) if outputs else math.nan
+    return Score(slo, definition, met, fraction, met / duration_s)
+
+
+def passes_mlperf(outputs: Sequence[RequestOutput], slo: SLO) -> bool:
+    """MLPerf's criterion on a run: all requests complete, 99th percentiles within both limits."""
+    metrics = [o.metrics for o in outputs if o.finish_reason in ("stop", "length")]
+    if not outputs or len(metrics) < len(outputs):
+        return False
+    ttft_s = percentile([m.ttft_s for m in metrics if m.ttft_s is not None], 99)
+    tpot_s = percentile([m.tpot_s for m in metrics if m.tpot_s is not None] or [0.0], 99)
+    return ttft_s <= slo.ttft_s and tpot_s <= slo.tpot_s
+
+
+def _interpolate(ordered: Sequence[float] | Floats, percent: float) -> float:
     rank = (len(ordered) - 1) * percent / 100
     low = math.floor(rank)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+    below, above = float(ordered[low]), float(ordered[high])
+    return below + (above - below) * (rank - low)

@@ -91,6 +91,7 @@ class Scheduler(FastForward):
         if request is not None:
             self._unlink(request)
             self._finish(request, "abort")
+            self._disturbed = True
         return request
 
     # ---- one step --------------------------------------------------------------------------
@@ -98,6 +99,7 @@ class Scheduler(FastForward):
     def schedule(self, now_s: float) -> Step:
         """Decide the next step: decodes, and prompts as the policy wants them beside or before."""
         step = Step()
+        self._disturbed = False
         prompts_apart = self.policy.max_prefill_steps > 0
         if prompts_apart and self._prompts_alone(step, now_s):
             return step

@@ -35,6 +35,7 @@ class SchedulerState:
         self._decoding: list[Request] = []
         self._growing: list[Request] = []  # must get a block, or a private copy of one, first
         self._num_prefill_steps = 0  # in a row, for policies that keep prompts apart
+        self._disturbed = False  # since the last schedule, requests came or went from outside
         self._num_added = 0
         # Every running request may need a token of the budget in the same step.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
@@ -106,6 +107,7 @@ class SchedulerState:
         self._requests[request.request_id] = request
         request.ordinal = self._num_added
         self._num_added += 1
+        self._disturbed = True
         self._limit_output(request)
 
     def _limit_output(self, request: Request) -> None:
