@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("slots_ptr",))
 def _write_kv_kernel(
     k_cache_ptr, v_cache_ptr, k_ptr, v_ptr, slots_ptr,
     stride_block, stride_slot, stride_head, stride_k_token, stride_k_head,

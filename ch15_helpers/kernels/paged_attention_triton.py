@@ -28,6 +28,11 @@ from torch import Tensor
 from ch15_helpers.kernels.batch import BatchMetadata
 
 _LOG2E = 1.4426950408889634
+# Values and alignments that change from step to step: a kernel compiled anew in the middle of
+# serving would stall every request in the batch for about a second.
+_VARYING = ("num_seqs", "stride_table")
+_METADATA = ("table_ptr", "starts_ptr", "context_ptr")
+_MIN_SEQS = 64
 
 
 @triton.jit
@@ -56,7 +61,7 @@ def _attend(q, k, v, visible, scale_log2, m, denom, acc, PRECISION: tl.constexpr
     return m_new, denom, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_METADATA)
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, part_acc_ptr, part_ml_ptr,
     num_seqs, scale_log2, stride_q_token, stride_q_head, stride_block, stride_token, stride_kv_head,
@@ -108,7 +113,7 @@ def _decode_kernel(
         seq += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_METADATA)
 def _merge_kernel(
     out_ptr, part_acc_ptr, part_ml_ptr, context_ptr, num_seqs, num_workers,
     stride_out_token, stride_out_head,
@@ -149,7 +154,7 @@ def _merge_kernel(
              out.to(out_ptr.dtype.element_ty), mask=mask)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_METADATA)
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, starts_ptr, context_ptr,
     num_seqs, scale_log2, stride_q_token, stride_q_head, stride_block, stride_token, stride_kv_head,
@@ -222,7 +227,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, batch: BatchMetadata, scale: float)
     part_acc = torch.empty((parts, d_pad), device=q.device, dtype=torch.float32)
     part_ml = torch.empty((parts, 2), device=q.device, dtype=torch.float32)
     out = torch.empty_like(q)
-    seqs = triton.next_power_of_2(num_seqs)
+    seqs = triton.next_power_of_2(max(num_seqs, _MIN_SEQS))
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     _decode_kernel[(workers, num_kv_heads)](
         q, k, v, batch.block_tables, batch.context_lens, part_acc, part_ml,
@@ -255,8 +260,8 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, batch: BatchMetadata, scale: float
         q, k, v, out, batch.block_tables, batch.query_starts, batch.context_lens,
         num_seqs, scale * _LOG2E, q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
         batch.block_tables.stride(0), out.stride(0), out.stride(1),
-        SEQS=triton.next_power_of_2(num_seqs), PAGE=page, GROUP=group, GROUP_PAD=group_pad,
-        BLOCK_Q=block_q, D=head_dim, D_PAD=d_pad, BLOCK_N=block_n,
+        SEQS=triton.next_power_of_2(max(num_seqs, _MIN_SEQS)), PAGE=page, GROUP=group,
+        GROUP_PAD=group_pad, BLOCK_Q=block_q, D=head_dim, D_PAD=d_pad, BLOCK_N=block_n,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=4 if wide else 8, num_stages=2 if wide else 3,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("positions_ptr",))
 def _rope_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, table_ptr, positions_ptr,
     stride_q_token, stride_q_head, stride_k_token, stride_k_head,

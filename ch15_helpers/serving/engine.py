@@ -86,6 +86,8 @@ class Engine:
         self.runner = ModelRunner(
             model, self.cache, self.scheduler.blocks, self.host_cache, config.attention_backend
         )
+        if model.device.type == "cuda":
+            self.runner.warm_up(config.max_num_seqs)
         if config.capture_decode and can_capture(model, config.attention_backend):
             limit = self.scheduler.config.max_model_len or model_len
             graphs = DecodeGraphs(model, self.cache.pages, config.max_num_seqs, limit)

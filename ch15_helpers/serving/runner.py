@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -58,6 +61,34 @@ class ModelRunner:
         logits = self._execute(*self._uploader.upload(host))
         sampled = step.sampled
         return sample(logits, sampled) if sampled else []
+
+    @torch.inference_mode()
+    def warm_up(self, max_num_seqs: int) -> None:
+        """Compile what decode steps and mixed steps run, so that no request waits for it.
+
+        Kernels are compiled once for up to 64 sequences and again for each power of two beyond.
+        The padding slots of these batches write nothing to the cache.
+        """
+        counts = [1] + [1 << n for n in range(7, max_num_seqs.bit_length() + 1)]
+        for num_seqs, query_len in itertools.product(counts, (1, 2)):
+            self._execute(*self._padding_batch(num_seqs, query_len))
+
+    def _padding_batch(self, num_seqs: int, query_len: int) -> tuple[Tensor, Tensor, BatchMetadata]:
+        new = partial(torch.full, device=self.cache.device)
+        tokens = new((num_seqs * query_len,), 0)
+        starts = torch.arange(0, len(tokens) + 1, query_len, dtype=torch.int32)
+        batch = BatchMetadata(
+            query_starts=starts.to(self.cache.device),
+            context_lens=new((num_seqs,), query_len, dtype=torch.int32),
+            block_tables=new((num_seqs, 1), 0, dtype=torch.int32),
+            slot_mapping=new((len(tokens),), -1),
+            logits_indices=new((1,), 0),
+            max_query_len=query_len,
+            max_context_len=query_len,
+            query_lens_host=(query_len,) * num_seqs,
+            context_lens_host=(query_len,) * num_seqs,
+        )
+        return tokens, tokens, batch
 
     def _execute(self, token_ids: Tensor, positions: Tensor, batch: BatchMetadata) -> Tensor:
         """Forward pass: [N] ids and positions to [len(batch.logits_indices), vocab] logits."""
