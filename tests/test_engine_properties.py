@@ -8,8 +8,10 @@ gives, and when all is done both pools must be empty.
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
+import pytest
 from fakes import VOCAB, HashModel, expected_tokens
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ from hypothesis.stateful import (
 
 from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.serving.config import EngineConfig
-from ch15_helpers.serving.engine import Engine
+from ch15_helpers.serving.engine import Engine, StepRecord
 from ch15_helpers.serving.request import RequestOutput, SamplingParams
 
 MODEL_LEN = 60
@@ -31,13 +33,13 @@ MODEL_LEN = 60
 
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
-        block_size=st.integers(1, 5),
-        num_blocks=st.integers(4, 20),
-        max_num_seqs=st.integers(1, 6),
-        budget=st.integers(1, 30),
+        block_size=st.sampled_from([1, 2, 4, 5]),
+        num_blocks=st.sampled_from([4, 9, 14, 24]),
+        max_num_seqs=st.sampled_from([1, 2, 4, 6]),
+        budget=st.sampled_from([1, 5, 12, 30]),
         chunked=st.booleans(),
         preemption=st.sampled_from(["recompute", "swap"]),
-        num_host_blocks=st.integers(0, 12),
+        num_host_blocks=st.sampled_from([0, 3, 12]),
         watermark=st.sampled_from([0.0, 0.01, 0.3]),
         layout=st.sampled_from(["block_major", "layer_major"]),
     )
@@ -85,21 +87,26 @@ class EngineMachine(RuleBasedStateMachine):
         params = SamplingParams(max_tokens=max_tokens, stop_token_ids=tuple(stop))
         self.asked[self.engine.add_request(prompt, params)] = (prompt, params)
 
-    @rule(data=st.data(), max_tokens=st.integers(1, 50))
+    @rule(pick=st.integers(0, 99), max_tokens=st.integers(20, 50), times=st.integers(0, 6))
     @precondition(lambda self: self.asked)
-    def fork(self, data: st.DataObject, max_tokens: int) -> None:
-        parent = data.draw(st.sampled_from(sorted(self.asked)))
+    def fork(self, pick: int, max_tokens: int, times: int) -> None:
+        self.step(times)
+        running = self.engine.scheduler.running
+        decoding = sorted(r.request_id for r in running if r.output_token_ids)
+        if not decoding:
+            return
+        parent = decoding[pick % len(decoding)]
         params = SamplingParams(max_tokens=max_tokens)
         try:
             child = self.engine.fork(parent, params)
         except InvalidRequestError:
-            return  # not decoding, or too many run
+            return  # a preempted parent that is still recomputed, or too many run
         self.asked[child] = (self.asked[parent][0], params)
 
-    @rule(data=st.data())
+    @rule(pick=st.integers(0, 99))
     @precondition(lambda self: self.asked)
-    def abort(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.asked)))
+    def abort(self, pick: int) -> None:
+        name = sorted(self.asked)[pick % len(self.asked)]
         if self.engine.abort(name):
             self.aborted.add(name)
 
@@ -108,8 +115,10 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(times):
             self.check(self.engine.step())
 
-    @rule()
-    def failing_step(self) -> None:
+    @rule(dice=st.integers(1, 4))
+    def failing_step(self, dice: int) -> None:
+        if dice < 4:  # as often as any other rule, it would leave little to go on with
+            return
         self.model.failures = 1
         self.failed_steps += 1
         outputs = self.engine.step()
@@ -168,3 +177,46 @@ EngineMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
 )
 TestEngineMachine = EngineMachine.TestCase
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("seed", range(6))
+def test_long_random_walk_in_a_crowded_pool(seed: int, preemption: str) -> None:
+    """The same walk, long and biased to where it is crowded: forks, copies, preemptions, swaps."""
+    rng = random.Random(seed)
+    walk = EngineMachine()
+    walk.start(
+        block_size=rng.choice([2, 3, 4]),
+        num_blocks=rng.randint(15, 19),
+        max_num_seqs=6,
+        budget=rng.choice([7, 30]),
+        chunked=rng.random() < 0.7,
+        preemption=preemption,
+        num_host_blocks=rng.choice([6, 24]),
+        watermark=0.0,
+        layout="block_major",
+    )
+    seen = {"copies": 0, "preempted": 0, "swap_in": 0}
+
+    def count(record: StepRecord) -> None:
+        for name in seen:
+            seen[name] += len(getattr(record.step, name))
+
+    walk.engine.on_step = count
+    for _ in range(1500):
+        dice = rng.random()
+        if dice < 0.35 and walk.engine.scheduler.num_waiting < 4:
+            prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 20))]
+            walk.admit(prompt, rng.randint(1, 30), [])
+        elif dice < 0.6:
+            walk.fork(rng.randrange(99), rng.randint(20, 40), 0)
+        elif dice < 0.62 and walk.asked:
+            walk.abort(rng.randrange(99))
+        elif dice < 0.63:
+            walk.failing_step(4)
+        else:
+            walk.step(1)
+        walk.consistent()
+    walk.teardown()
+    assert seen["copies"] > 5 and seen["preempted"] > 5
+    assert (seen["swap_in"] > 5) == (preemption == "swap")
