@@ -107,6 +107,23 @@ def test_skewed_decode_batch(backend: str, device: str) -> None:
     assert _error(case, backend, device) < 3e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("query_len", "context_len"), [(127, 127), (129, 129), (300, 300), (130, 300), (20, 50), (2, 2)]
+)
+def test_long_prompts(backend: str, query_len: int, context_len: int, device: str) -> None:
+    """Prompts and chunks on both sides of the CPU backend's block of 128 queries."""
+    assert _error(_case([query_len], [context_len], (2, 1)), backend, device) < 3e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_that_are_no_matrix_of_slots(backend: str, device: str) -> None:
+    """Head-major pages, which gathers cannot treat as rows."""
+    q, pages, batch, expected = _case([1, 5, 1], [40, 20, 9])
+    pages = pages.transpose(3, 4).contiguous().transpose(3, 4)
+    assert _error((q, pages, batch, expected), backend, device) < 3e-6
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     lens=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 60)), min_size=1, max_size=6),

@@ -14,6 +14,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ch15_helpers.kernels.batch import BatchMetadata
 
+# A prompt is attended in blocks of this many queries, each with the keys up to its own end: torch's
+# CPU kernel handles a short square faster than a long triangle (512 tokens: 3.2 ms against 4.2),
+# and one small mask serves all blocks. Above 1024 tokens its own causal mode wins.
+QUERY_BLOCK = 128
+MAX_BLOCKED_PROMPT = 1024
 # A gather of more tokens than this no longer fits the last-level cache, so it would be written
 # to memory and read back: split the group instead.
 MAX_GATHERED_TOKENS = 16384
@@ -23,24 +28,28 @@ MAX_GATHERED_TOKENS = 16384
 class _DecodeGroup:
     """Sequences with one query each, padded to a common context length.
 
-    ``q_rows`` are their rows in the flat batch (None: all rows, in order), ``slots`` int64
-    [num_seqs * context_len] the cache slots to gather, ``mask`` [num_seqs, 1, 1, context_len]
+    ``q_rows`` are their rows in the flat batch (None: all rows, in order), ``rows`` int64
+    [num_seqs * context_len] the cache rows to gather, ``mask`` [num_seqs, 1, 1, context_len]
     what is added to the scores (None: no padding).
     """
 
     q_rows: Tensor | None
-    slots: Tensor
+    rows: Tensor
     mask: Tensor | None
     num_seqs: int
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One sequence's prefill chunk: rows ``start`` to ``stop`` of the flat batch."""
+    """One sequence's prefill chunk: rows ``start`` to ``stop`` of the flat batch.
+
+    ``mask`` [QUERY_BLOCK, context_len] is what is added to the scores of the last block; earlier
+    blocks use its right-hand columns. None: one call, in the kernel's own causal mode.
+    """
 
     start: int
     stop: int
-    slots: Tensor
+    rows: Tensor
     mask: Tensor | None
 
 
@@ -50,6 +59,16 @@ class _Plan:
 
     decodes: tuple[_DecodeGroup, ...]
     chunks: tuple[_Chunk, ...]
+    rows_per_block: int
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """How a position becomes a row of the gather: ``table[pos // size] * stride + pos % size``."""
+
+    block_size: int
+    block_stride: int
+    dtype: torch.dtype
 
 
 def paged_attention_sdpa(
@@ -60,31 +79,34 @@ def paged_attention_sdpa(
     A batch without host lengths must be decode-only; then nothing here waits for the device.
     """
     block_size = k_cache.shape[1]
-    key = ("sdpa", block_size, q.dtype)
+    rows_per_block = _rows_per_block(k_cache, v_cache)
+    key = ("sdpa", block_size, rows_per_block, q.dtype)
     plan = batch.scratch.get(key)
     if plan is None:
-        plan = batch.scratch[key] = _make_plan(batch, block_size, q.dtype)
+        pages = _Pages(block_size, rows_per_block or block_size, q.dtype)
+        plan = batch.scratch[key] = _make_plan(batch, pages, rows_per_block)
     if not plan.chunks and len(plan.decodes) == 1 and plan.decodes[0].q_rows is None:
-        return _decode(q, k_cache, v_cache, plan.decodes[0], scale)
+        return _decode(q, k_cache, v_cache, plan, plan.decodes[0], scale)
     out = torch.zeros_like(q)
     for group in plan.decodes:
         rows = group.q_rows
         assert rows is not None
-        out[rows] = _decode(q.index_select(0, rows), k_cache, v_cache, group, scale)
+        queries = q.index_select(0, rows)
+        out[rows] = _decode(queries, k_cache, v_cache, plan, group, scale)
     for chunk in plan.chunks:
         queries = q[chunk.start : chunk.stop]
-        out[chunk.start : chunk.stop] = _prefill(queries, k_cache, v_cache, chunk, scale)
+        out[chunk.start : chunk.stop] = _prefill(queries, k_cache, v_cache, plan, chunk, scale)
     return out
 
 
 def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, group: _DecodeGroup, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan, group: _DecodeGroup, scale: float
 ) -> Tensor:
     kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
     # The heads of one group read the same keys: they become the query dimension of one call.
     queries = q.reshape(group.num_seqs, kv_heads, -1, head_dim)
-    keys = _gather(k_cache, group.slots, q.dtype)
-    values = _gather(v_cache, group.slots, q.dtype)
+    keys = _gather(k_cache, group.rows, plan.rows_per_block, q.dtype)
+    values = _gather(v_cache, group.rows, plan.rows_per_block, q.dtype)
     shape = (group.num_seqs, -1, kv_heads, head_dim)
     out = scaled_dot_product_attention(
         queries,
@@ -96,47 +118,64 @@ def _decode(
     return out.reshape(group.num_seqs, -1, head_dim)
 
 
-def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: _Chunk, scale: float) -> Tensor:
+def _prefill(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan, chunk: _Chunk, scale: float
+) -> Tensor:
     kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
     group = q.shape[1] // kv_heads
-    context_len = chunk.slots.shape[0]
-    keys = _gather(k_cache, chunk.slots, q.dtype).transpose(0, 1).unsqueeze(1)
-    values = _gather(v_cache, chunk.slots, q.dtype).transpose(0, 1).unsqueeze(1)
-    out = scaled_dot_product_attention(
-        q.view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3),
-        keys.expand(kv_heads, group, context_len, head_dim),
-        values.expand(kv_heads, group, context_len, head_dim),
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None and q.shape[0] > 1,
-        scale=scale,
-    )
-    return out.permute(2, 0, 1, 3).reshape(q.shape)
+    # KV heads are the batch dimension and the heads that share one its heads: no key is repeated.
+    queries = q.view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    keys = _gather(k_cache, chunk.rows, plan.rows_per_block, q.dtype).transpose(0, 1).unsqueeze(1)
+    values = _gather(v_cache, chunk.rows, plan.rows_per_block, q.dtype).transpose(0, 1).unsqueeze(1)
+    query_len, context_len = q.shape[0], chunk.rows.shape[0]
+    block = query_len if chunk.mask is None else QUERY_BLOCK
+    out = torch.empty_like(q)
+    for first in range(0, query_len, block):
+        last = min(first + block, query_len)
+        seen = context_len - query_len + last
+        mask = chunk.mask
+        if mask is not None:
+            mask = mask[first + block - last :, context_len - seen :]
+        mixed = scaled_dot_product_attention(
+            queries[:, :, first:last],
+            keys[:, :, :seen].expand(kv_heads, group, seen, head_dim),
+            values[:, :, :seen].expand(kv_heads, group, seen, head_dim),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+        )
+        out[first:last] = mixed.permute(2, 0, 1, 3).flatten(1, 2)
+    return out
 
 
-def _gather(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """[num_slots, num_kv_heads, head_dim]: the cache's content at flat slots."""
-    block_size, kv_heads, head_dim = cache.shape[1:]
-    block_stride, slot_stride = cache.stride(0), cache.stride(1)
-    packed = cache.stride(3) == 1 and cache.stride(2) == head_dim
-    if not packed or block_stride % slot_stride:
-        return cache[slots // block_size, slots % block_size].to(dtype)
-    # Every slot is a row of one matrix whose row length is the slot stride: a gather of rows is
-    # one memcpy each, four times as fast here as indexing by block and offset.
-    rows_per_block = block_stride // slot_stride
-    rows = slots
-    if rows_per_block != block_size:
-        rows = slots + slots.div(block_size, rounding_mode="floor") * (rows_per_block - block_size)
+def _rows_per_block(k_cache: Tensor, v_cache: Tensor) -> int:
+    """Rows from one block to the next, where each slot is a row of one matrix; else 0.
+
+    The row length is the stride between slots. A gather of such rows is one memcpy each, four
+    times as fast here as indexing by block and offset; both layouts of the cache allow it.
+    """
+    block_stride, slot_stride, head_stride, stride = k_cache.stride()
+    packed = stride == 1 and head_stride == k_cache.shape[3] and block_stride % slot_stride == 0
+    return block_stride // slot_stride if packed and v_cache.stride() == k_cache.stride() else 0
+
+
+def _gather(cache: Tensor, rows: Tensor, rows_per_block: int, dtype: torch.dtype) -> Tensor:
+    """[num_rows, num_kv_heads, head_dim]: the cache's content at rows, or slots without rows."""
+    num_blocks, block_size, kv_heads, head_dim = cache.shape
+    if rows_per_block == 0:
+        return cache[rows // block_size, rows % block_size].to(dtype)
     matrix = cache.as_strided(
-        ((cache.shape[0] - 1) * rows_per_block + block_size, kv_heads * head_dim),
-        (slot_stride, 1),
+        ((num_blocks - 1) * rows_per_block + block_size, kv_heads * head_dim),
+        (cache.stride(1), 1),
         cache.storage_offset(),
     )
     return matrix.index_select(0, rows).view(-1, kv_heads, head_dim).to(dtype)
 
 
-def _make_plan(batch: BatchMetadata, block_size: int, dtype: torch.dtype) -> _Plan:
+def _make_plan(batch: BatchMetadata, pages: _Pages, rows_per_block: int) -> _Plan:
     if batch.decode_only and not batch.context_lens_host:
-        return _Plan((_group(batch, block_size, dtype, None, batch.max_context_len),), ())
+        group = _group(batch, pages, None, batch.max_context_len)
+        return _Plan((group,), (), rows_per_block)
     query_lens = batch.query_lens_host or tuple(batch.query_starts.diff().tolist())
     context_lens = batch.context_lens_host or tuple(batch.context_lens.tolist())
     starts = [0]
@@ -148,8 +187,7 @@ def _make_plan(batch: BatchMetadata, block_size: int, dtype: torch.dtype) -> _Pl
     decodes = tuple(
         _group(
             batch,
-            block_size,
-            dtype,
+            pages,
             None if all_rows else [(s, starts[s]) for s in seqs],
             max(context_lens[s] for s in seqs),
             padded=len({context_lens[s] for s in seqs}) > 1,
@@ -157,11 +195,11 @@ def _make_plan(batch: BatchMetadata, block_size: int, dtype: torch.dtype) -> _Pl
         for seqs in buckets
     )
     chunks = tuple(
-        _chunk(batch, block_size, dtype, s, (starts[s], starts[s + 1]), context_lens[s])
+        _chunk(batch, pages, s, (starts[s], starts[s + 1]), context_lens[s])
         for s, n in enumerate(query_lens)
         if n > 1
     )
-    return _Plan(decodes, chunks)
+    return _Plan(decodes, chunks, rows_per_block)
 
 
 def _buckets(seqs: list[int], context_lens: tuple[int, ...]) -> list[list[int]]:
@@ -187,8 +225,7 @@ def _buckets(seqs: list[int], context_lens: tuple[int, ...]) -> list[list[int]]:
 
 def _group(
     batch: BatchMetadata,
-    block_size: int,
-    dtype: torch.dtype,
+    pages: _Pages,
     members: list[tuple[int, int]] | None,
     longest: int,
     padded: bool = True,
@@ -203,32 +240,32 @@ def _group(
     mask = None
     if padded:
         # Padding repeats the sequence's last token: stale or uninitialised slots are never read.
-        mask = torch.zeros(len(lens), 1, 1, longest, dtype=dtype, device=device)
+        mask = torch.zeros(len(lens), 1, 1, longest, dtype=pages.dtype, device=device)
         mask.masked_fill_((positions >= lens[:, None]).view(mask.shape), float("-inf"))
         positions = torch.minimum(positions, (lens[:, None] - 1).clamp(min=0))
     else:
         positions = positions.expand(len(lens), longest)
-    blocks = tables.long().gather(1, positions.long() // block_size)
-    slots = blocks * block_size + positions % block_size
-    return _DecodeGroup(q_rows, slots.flatten(), mask, len(lens))
+    blocks = tables.long().gather(1, positions.long() // pages.block_size)
+    rows = blocks * pages.block_stride + positions % pages.block_size
+    return _DecodeGroup(q_rows, rows.flatten(), mask, len(lens))
 
 
 def _chunk(
     batch: BatchMetadata,
-    block_size: int,
-    dtype: torch.dtype,
+    pages: _Pages,
     seq: int,
-    rows: tuple[int, int],
+    span: tuple[int, int],
     context_len: int,
 ) -> _Chunk:
     device = batch.block_tables.device
     positions = torch.arange(context_len, device=device)
-    blocks = batch.block_tables[seq].long().index_select(0, positions // block_size)
-    slots = blocks * block_size + positions % block_size
-    query_len = rows[1] - rows[0]
-    mask = None
-    if query_len < context_len:
-        query_positions = positions[context_len - query_len :, None]
-        mask = torch.zeros(query_len, context_len, dtype=dtype, device=device)
-        mask.masked_fill_(positions > query_positions, float("-inf"))
-    return _Chunk(*rows, slots, mask)
+    blocks = batch.block_tables[seq].long().index_select(0, positions // pages.block_size)
+    rows = blocks * pages.block_stride + positions % pages.block_size
+    query_len = span[1] - span[0]
+    whole = query_len == context_len
+    if whole and (query_len <= QUERY_BLOCK or query_len > MAX_BLOCKED_PROMPT):
+        return _Chunk(*span, rows, None)
+    ends = torch.arange(context_len - QUERY_BLOCK, context_len, device=device)
+    mask = torch.zeros(QUERY_BLOCK, context_len, dtype=pages.dtype, device=device)
+    mask.masked_fill_(positions > ends[:, None], float("-inf"))
+    return _Chunk(*span, rows, mask)

@@ -60,8 +60,24 @@ def build_cos_sin_cache(
     return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
 
 
+def rope_rows(cos_sin_cache: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """One step's rows of the cache, laid out for the portable rotation.
+
+    They are the same in every layer; gathering them once saves six small operations in each.
+
+    Returns:
+        cosines and signed sines, both float32 [num_tokens, 1, head_dim].
+    """
+    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def apply_rope(
-    q: Tensor, k: Tensor, cos_sin_cache: Tensor, positions: Tensor
+    q: Tensor,
+    k: Tensor,
+    cos_sin_cache: Tensor,
+    positions: Tensor,
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotates queries and keys by their positions; channel ``i`` pairs with ``i + head_dim / 2``.
 
@@ -70,6 +86,7 @@ def apply_rope(
         k: [num_tokens, num_kv_heads, head_dim].
         cos_sin_cache: float32 [max_positions, head_dim] from :func:`build_cos_sin_cache`.
         positions: int64 [num_tokens].
+        rows: :func:`rope_rows` of the two, where the caller has it; Triton does without.
 
     Returns:
         The rotated q and k, new tensors of the same shapes and dtypes.
@@ -78,11 +95,7 @@ def apply_rope(
         from ch15_helpers.kernels.rope_triton import apply_rope_triton
 
         return apply_rope_triton(q, k, cos_sin_cache, positions)
-    half = q.shape[-1] // 2
-    rows = cos_sin_cache.index_select(0, positions).unsqueeze(1)
-    cos, sin = rows[..., :half], rows[..., half:]
-    cos_full = torch.cat((cos, cos), dim=-1)
-    sin_signed = torch.cat((-sin, sin), dim=-1)
+    cos_full, sin_signed = rope_rows(cos_sin_cache, positions) if rows is None else rows
     both = _adjacent(q, k)
     if both is not None:
         rotated = _rotate(both, cos_full, sin_signed)

@@ -19,7 +19,7 @@ from ch15_helpers.kernels.kv_write import write_kv
 from ch15_helpers.kernels.linear import linear
 from ch15_helpers.kernels.paged_attention import paged_attention
 from ch15_helpers.kernels.rms_norm import rms_norm
-from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache
+from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache, rope_rows
 from ch15_helpers.kernels.swiglu import swiglu
 from ch15_helpers.model.config import ModelConfig
 from ch15_helpers.model.moe import MoEBlock
@@ -94,6 +94,7 @@ class DecoderLayer:
         positions: Tensor,
         cos_sin_cache: Tensor,
         attend: Attend,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the layer on a flat batch.
 
@@ -106,6 +107,7 @@ class DecoderLayer:
             positions: int64 [N].
             cos_sin_cache: see :func:`build_cos_sin_cache`.
             attend: writes K and V where they belong and returns the attention's output.
+            rows: :func:`rope_rows` of the step, which saves the CPU from gathering them again.
 
         Returns:
             (hidden, residual) for the next layer.
@@ -115,7 +117,7 @@ class DecoderLayer:
             residual, x = hidden, rms_norm(hidden, self.input_norm, eps)
         else:
             x, residual = rms_norm(hidden, self.input_norm, eps, residual)
-        q, k, v = self.project_qkv(x, positions, cos_sin_cache)
+        q, k, v = self.project_qkv(x, positions, cos_sin_cache, rows)
         mixed = attend(q, k, v).flatten(1)
         x, residual = rms_norm(
             linear(mixed, self.o_proj, self.o_bias), self.post_attention_norm, eps, residual
@@ -123,7 +125,11 @@ class DecoderLayer:
         return self.mlp(x), residual
 
     def project_qkv(
-        self, x: Tensor, positions: Tensor, cos_sin_cache: Tensor
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cos_sin_cache: Tensor,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values of normalised hidden states [N, hidden]."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
@@ -132,7 +138,7 @@ class DecoderLayer:
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, self.config.rms_norm_eps)
             k = rms_norm(k, self.k_norm, self.config.rms_norm_eps)
-        q, k = apply_rope(q, k, cos_sin_cache, positions)
+        q, k = apply_rope(q, k, cos_sin_cache, positions, rows)
         return q, k, v
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -253,7 +259,7 @@ class Transformer:
         k_cache, v_cache = pages[:, layer_index, 0], pages[:, layer_index, 1]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            write_kv(k_cache, v_cache, k, v, batch.slot_mapping)
+            write_kv(k_cache, v_cache, k, v, batch.slot_mapping, batch.scratch)
             return paged_attention(q, k_cache, v_cache, batch, self.scale, backend)
 
         return attend
@@ -294,9 +300,11 @@ class Transformer:
         on_layer_done: Callable[[int], None] | None,
     ) -> Tensor:
         hidden, residual = embedding(token_ids, self.embed_tokens), None
+        on_cpu = self.device.type == "cpu"
+        rows = rope_rows(self.cos_sin_cache, positions) if on_cpu else None
         for index, layer in enumerate(self.layers):
             hidden, residual = layer(
-                hidden, residual, positions, self.cos_sin_cache, attend_layer(index)
+                hidden, residual, positions, self.cos_sin_cache, attend_layer(index), rows
             )
             if on_layer_done is not None:
                 on_layer_done(index)
