@@ -167,7 +167,7 @@ class Scheduler(FastForward):
         if self._waiting or self._prefilling:
             self._add_prompts(step, self.config.max_num_batched_tokens, now_s)
             if step.chunks or step.swap_in or step.failed:
-                self._num_prefill_steps += 1
+                self._num_prefill_steps += bool(self._decoding)  # only these have to wait
                 return True
         self._num_prefill_steps = 0
         return False
