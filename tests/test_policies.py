@@ -157,9 +157,10 @@ def test_least_slack_takes_the_length_of_the_prompt_off_the_slack() -> None:
 
 
 def test_least_slack_lets_the_lost_stand_back_but_not_for_ever() -> None:
-    for now_s, order in ((0.5, "abc"), (1.5, "bca"), (2.5, "cab"), (3.5, "abc"), (8.0, "abc")):
+    # a must start by 1 s, b by 2 s, c by 9 s; two seconds later they may not be passed over.
+    for now_s, order in ((0.5, "abc"), (1.5, "bca"), (2.5, "cab"), (3.5, "acb"), (4.5, "abc")):
         scheduler = make(LeastSlack(max_overdue_s=2.0), max_num_seqs=1)
-        for name, ttft_s in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
+        for name, ttft_s in (("a", 1.0), ("b", 2.0), ("c", 9.0)):
             scheduler.add(request(name, 1, 1, slo=SLO(ttft_s, 1.0)))
         assert [c[0] for _, c in run(scheduler, now_s)] == list(order), now_s
 
@@ -174,6 +175,19 @@ def test_an_urgent_prompt_overtakes_a_long_one_under_way() -> None:
         shapes[policy.name] = run(scheduler)
     assert shapes["least_slack"][0] == ("", "b3 a5")
     assert shapes["fcfs"][3:] == [("", "a8"), ("", "b3")]
+
+
+def test_prompts_under_way_stand_in_the_same_order() -> None:
+    policy = LeastSlack(max_overdue_s=2.0, token_s=0.1)
+    a, b, c = (request(n, 10, 1, slo=SLO(t, 1.0)) for n, t in (("a", 2.0), ("b", 3.0), ("c", 10.0)))
+    for now_s, order in ((0.5, "abc"), (1.5, "bca"), (3.5, "acb"), (4.5, "abc")):
+        ordered = sorted((c, b, a), key=lambda r: policy.urgency(r, now_s))  # noqa: B023
+        assert "".join(r.request_id for r in ordered) == order, now_s
+    a.num_computed_tokens = 9  # nearly done: it can wait until 1.9 s
+    assert policy.urgency(a, 1.5) == (1.0, pytest.approx(1.9))
+    # One that could never be in time does not thereby overtake those who came before it.
+    hopeless = request("h", 100, 1, arrival_s=5.0, slo=SLO(1.0, 1.0))
+    assert policy.rank(hopeless) == 5.0
 
 
 def test_chunks_shrink_to_the_lead_that_decodes_have() -> None:
@@ -258,6 +272,7 @@ REQUESTS = st.lists(
     num_blocks=st.integers(13, 40),
     chunked=st.booleans(),
     watermark=st.sampled_from([0.0, 0.2]),
+    step_s=st.sampled_from([0.005, 0.1]),
 )
 def test_nobody_is_overtaken_beyond_the_lead_and_all_are_served(
     policy: Policy,
@@ -267,6 +282,7 @@ def test_nobody_is_overtaken_beyond_the_lead_and_all_are_served(
     num_blocks: int,
     chunked: bool,
     watermark: float,
+    step_s: float,
 ) -> None:
     requests.sort(key=lambda r: r.arrival_s)
     config = SchedulerConfig(
@@ -278,7 +294,7 @@ def test_nobody_is_overtaken_beyond_the_lead_and_all_are_served(
         watermark=watermark,
         policy=policy,
     )
-    outputs = simulate(Workload("w", tuple(requests)), config, H200_LIKE).outputs
+    outputs = simulate(Workload("w", tuple(requests)), config, StepTimeModel(step_s)).outputs
     assert [len(o.token_ids) for o in outputs] == [r.num_output_tokens for r in requests]
     started = [
         r.arrival_s + (o.metrics.queue_s or 0.0) for r, o in zip(requests, outputs, strict=True)
