@@ -181,7 +181,7 @@ def test_prompts_under_way_stand_in_the_same_order() -> None:
     policy = LeastSlack(max_overdue_s=2.0, token_s=0.1)
     a, b, c = (request(n, 10, 1, slo=SLO(t, 1.0)) for n, t in (("a", 2.0), ("b", 3.0), ("c", 10.0)))
     for now_s, order in ((0.5, "abc"), (1.5, "bca"), (3.5, "acb"), (4.5, "abc")):
-        ordered = sorted((c, b, a), key=lambda r: policy.urgency(r, now_s))  # noqa: B023
+        ordered = sorted((c, b, a), key=lambda r: policy.urgency(r, now_s))
         assert "".join(r.request_id for r in ordered) == order, now_s
     a.num_computed_tokens = 9  # nearly done: it can wait until 1.9 s
     assert policy.urgency(a, 1.5) == (1.0, pytest.approx(1.9))
