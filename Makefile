@@ -59,7 +59,7 @@ types: $(READY)
 	@"$(PY)" -m mypy
 
 unit: $(SCRIPTS) browser
-	@"$(PY)" -m pytest -n $(JOBS) --dist loadfile tests
+	@OMP_NUM_THREADS=1 "$(PY)" -m pytest -n $(JOBS) --dist loadfile tests
 
 outputs: $(READY)
 	@"$(PY)" -m pytest $(NBVAL) -o timeout=900 book
