@@ -21,7 +21,9 @@ class FastForward(SchedulerState):
         Ask after ``update`` of a step in which nothing finished. The number is a lower bound; it
         assumes that nothing more arrives, that only lengths end requests, and that none was forked.
         """
-        if step.chunks or step.preempted or step.decodes is not self._decoding or self._prefilling:
+        if step.chunks or step.preempted or not step.decodes:
+            return 0
+        if step.decodes is not self._decoding or self._prefilling:
             return 0
         full = self.num_running >= self._max_running or not self.policy.joins_running
         # Otherwise whoever waits did not fit, which stays so if it is the same one that is asked.
@@ -43,15 +45,15 @@ class FastForward(SchedulerState):
         tokens = [token] * count
         self._growing = []
         for request in self._decoding:
-            output = request.output_token_ids
-            if len(output) + count > request.event_at:
+            computed = request.num_computed_tokens + count
+            if computed > request.event_at:
                 last = request.num_tokens + count - 1
                 self.blocks.ensure(request.request_id, last, count)
                 self.residency.set_event(request)
-            output += tokens
+            request.output_token_ids += tokens
             request.token_times_s += times_s
-            request.num_computed_tokens += count
-            if len(output) >= request.event_at:
+            request.num_computed_tokens = computed
+            if computed >= request.event_at:
                 self._growing.append(request)
 
     def _blocks_for_steps(self, count: int) -> int:
@@ -61,5 +63,5 @@ class FastForward(SchedulerState):
             blocks.blocks_for(request.num_tokens + count - 1)
             - blocks.capacity(request.request_id) // blocks.block_size
             for request in self._decoding
-            if len(request.output_token_ids) + count > request.event_at
+            if request.num_computed_tokens + count > request.event_at
         )

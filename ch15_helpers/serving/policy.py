@@ -220,16 +220,17 @@ class LeastSlack(FCFS):
         """
         if self.token_s <= 0:
             return budget
-        start_s = now_s + self.step_s
+        begin_s = now_s + self.step_s
+        due_s = no_hurry_s = begin_s + budget * self.token_s
         default_s = self.default_slo.tpot_s
-        lead_s = budget * self.token_s
-        for request in decoding:
+        for request in decoding:  # the policy's one loop over all that runs: keep it short
             times, slo = request.token_times_s, request.slo
-            tpot_s = default_s if slo is None else slo.tpot_s
-            ahead_s = times[0] + len(times) * tpot_s - start_s
-            if 0 <= ahead_s < lead_s:
-                lead_s = ahead_s
-        return min(budget, max(self.min_chunk, int(lead_s / self.token_s)))
+            mine_s = times[0] + len(times) * (default_s if slo is None else slo.tpot_s)
+            if begin_s <= mine_s < due_s:
+                due_s = mine_s
+        if due_s == no_hurry_s:
+            return budget
+        return min(budget, max(self.min_chunk, int((due_s - begin_s) / self.token_s)))
 
 
 def _ordinal(request: Request) -> int:

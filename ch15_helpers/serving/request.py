@@ -145,7 +145,7 @@ class Request:
     rank: float = 0.0  # place in the queue, from Policy.rank; smaller is earlier
     slot: int = -1  # row of BlockManager.tables while RUNNING
     max_output_tokens: int = 0  # max_tokens, or less where the model's context ends
-    event_at: int = 0  # output length at which something other than one more token happens
+    event_at: int = 0  # computed tokens at which something other than one more token happens
     host_blocks: list[int] = field(default_factory=list)
     stop_ids: frozenset[int] = frozenset()
 

@@ -88,12 +88,12 @@ class Residency:
         request.slot = -1
 
     def set_event(self, request: Request) -> None:
-        """Find the output length at which the request ends or its next token needs a block.
+        """Find how many computed tokens make the request end or its next token need a block.
 
-        With ``n`` output tokens the next write is at position ``prompt + n - 1``.
+        While it decodes, it has one known token more than computed ones.
         """
-        room = self.blocks.capacity(request.request_id) - request.num_prompt_tokens + 1
-        request.event_at = min(request.max_output_tokens, room)
+        last = request.num_prompt_tokens + request.max_output_tokens - 1
+        request.event_at = min(last, self.blocks.capacity(request.request_id))
 
     def check_invariants(self) -> None:
         """Raise AssertionError when either pool is inconsistent."""

@@ -6,8 +6,8 @@ when KV blocks run out, the latest arrival is preempted by recomputation or by s
 Kwon et al., SOSP 2023). The scheduler knows no tensors: the engine and the simulator drive it.
 
 The hot path is a decode step. It does constant work for a request that only gets one more token:
-``event_at`` is the output length at which a request finishes or needs a block, so nothing is
-looked up before that.
+``event_at`` is the number of computed tokens at which a request finishes or needs a block, so
+nothing is looked up before that.
 """
 
 from __future__ import annotations
@@ -124,23 +124,17 @@ class Scheduler(FastForward):
         """
         events: list[Request] = []
         for request, token in zip(step.decodes, token_ids, strict=False):
-            output = request.output_token_ids
-            output.append(token)
+            request.output_token_ids.append(token)
             request.token_times_s.append(now_s)
-            request.num_computed_tokens += 1
-            if len(output) >= request.event_at or token in request.stop_ids:
+            request.num_computed_tokens = computed = request.num_computed_tokens + 1
+            if computed >= request.event_at or token in request.stop_ids:
                 events.append(request)
-        if step.chunks:
-            events += self._update_chunks(step, token_ids, now_s)
-        finished = list(step.failed)
-        for request in events:
-            if self._reached_end(request):
-                finished.append(request)
-            else:
-                self._growing.append(request)
-        if finished:
+        ended = [request for request in events if self._ends_or_grows(request)]
+        if ended:
             self._decoding = [r for r in self._decoding if r.status is _RUNNING]
-        return finished
+        if step.chunks:
+            ended += self._update_chunks(step, token_ids, now_s)
+        return step.failed + ended
 
     def fail(self, step: Step, error: str) -> list[Request]:
         """The step did not run: end every request in it, and trust no copy that it was to make.
@@ -277,30 +271,28 @@ class Scheduler(FastForward):
         self._enqueue(request)
 
     def _update_chunks(self, step: Step, token_ids: Sequence[int], now_s: float) -> list[Request]:
-        """Advance prompts; those complete join the decodes. Returns requests with an event."""
-        row = len(step.decodes)
-        joined: list[Request] = []
+        """Advance prompts; those complete join the decodes. Returns the finished ones."""
+        tokens = iter(token_ids[len(step.decodes) :])
+        complete = [chunk.request for chunk in step.chunks if chunk.is_last]
         for chunk in step.chunks:
-            request = chunk.request
-            request.num_computed_tokens += chunk.num_tokens
-            if chunk.is_last:
-                request.output_token_ids.append(token_ids[row])
-                request.token_times_s.append(now_s)
-                joined.append(request)
-                row += 1
-        if joined:
-            done = set(map(id, joined))
+            chunk.request.num_computed_tokens += chunk.num_tokens
+        ended: list[Request] = []
+        for request, token in zip(complete, tokens, strict=False):
+            request.output_token_ids.append(token)
+            request.token_times_s.append(now_s)
+            event = request.num_computed_tokens >= request.event_at or token in request.stop_ids
+            if event and self._ends_or_grows(request):
+                ended.append(request)
+        if complete:
+            done = set(map(id, complete))
             self._prefilling = [r for r in self._prefilling if id(r) not in done]
-            self._decoding = self._decoding + joined
-        return [
-            request
-            for request in joined
-            if len(request.output_token_ids) >= request.event_at
-            or request.output_token_ids[-1] in request.stop_ids
-        ]
+            joining = [request for request in complete if request.status is _RUNNING]
+            if joining:
+                self._decoding = self._decoding + joining
+        return ended
 
-    def _reached_end(self, request: Request) -> bool:
-        """Finish a request whose last token ended it; False when it only needs a block."""
+    def _ends_or_grows(self, request: Request) -> bool:
+        """Finish a request that its last token ended; otherwise have it get a block."""
         output = request.output_token_ids
         if output[-1] == INVALID_TOKEN:
             output.pop()
@@ -311,6 +303,7 @@ class Scheduler(FastForward):
         elif len(output) >= request.max_output_tokens:
             self._finish(request, "length")
         else:
+            self._growing.append(request)
             return False
         return True
 
