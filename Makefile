@@ -3,8 +3,7 @@
 #
 # VENV         environment to use or create (default .venv; conda users: VENV="$CONDA_PREFIX")
 # PYTHON       interpreter that creates it (3.11 or 3.12)
-# TORCH_INDEX  index to take torch from, e.g. https://download.pytorch.org/whl/cpu saves 2 GB on
-#              Linux machines without a GPU
+# TORCH_INDEX  index to take torch from; PyTorch's CPU index saves 2 GB on machines without a GPU
 # Paths are relative on purpose: make cannot name a target whose path has a space in it.
 
 VENV ?= .venv
