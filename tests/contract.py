@@ -10,7 +10,7 @@ from typing import Any
 
 MAX_BYTES = 1_000_000
 MAX_LINES = 25
-PARAMETERS = {"device", "model", "dtype", "iterations", "profile", "simulate_network"}
+PARAMETERS = {"device", "model", "dtype", "iterations", "profile"}
 IGNORED = "nbval-ignore-output"
 
 # DESIGN section 5, as headings in this order; others may stand between them.

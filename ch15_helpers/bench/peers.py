@@ -7,7 +7,6 @@ batch have equal lengths, so that transformers needs no padding, its best case.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +22,15 @@ from ch15_helpers.serving.engine import Engine
 from ch15_helpers.serving.request import SamplingParams
 
 if TYPE_CHECKING:
+    from ch15_helpers.model.tokenizer import Tokenizer
     from ch15_helpers.model.transformer import Transformer
+
+TEXT = """The first telescopes were made of two lenses in a tube. In 1609 Galileo pointed one at the
+moon and saw mountains, then at Jupiter and saw four small points that changed places from night to
+night. He concluded that they went around the planet. Larger lenses showed more, but each colour
+came to a focus at a different distance, and the image had coloured edges. Newton therefore built a
+telescope with a mirror, which sends all colours to the same place. Today the largest mirrors are
+made of many small ones, each of which is moved by motors so that together they act as one."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,11 @@ def load_transformers(device: str, dtype: torch.dtype) -> Any:
     return model.to(device).eval()
 
 
-def random_prompts(num: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """``num`` prompts of ``length`` uniform token ids."""
-    rng = random.Random(seed)
-    return [[rng.randrange(10, vocab_size) for _ in range(length)] for _ in range(num)]
+def text_prompts(tokenizer: Tokenizer, num: int, length: int) -> list[list[int]]:
+    """``num`` different windows of ``length`` tokens of one text, repeated as often as needed."""
+    ids = tokenizer.encode(TEXT)
+    ids = ids * (1 + (length + num * len(ids)) // len(ids))
+    return [ids[5 * start : 5 * start + length] for start in range(num)]
 
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
@@ -82,6 +90,8 @@ def compare_with_transformers(
 
     Both sides use the same device, type and thread count, greedy choice, no end-of-sequence.
     """
+    tokenizer = model.tokenizer
+    assert tokenizer is not None, "SmolLM2 comes with its tokenizer"
     engine = Engine(model, EngineConfig(max_num_seqs=max(batches)))
 
     def run(prompts: list[list[int]], out: int) -> list[list[int]]:
@@ -105,7 +115,7 @@ def compare_with_transformers(
     cases.append((f"prefill, {prefill} tokens", 1, prefill, 1))
     rows = []
     for name, batch, length, out in cases:
-        prompts = random_prompts(batch, length, model.config.vocab_size, seed=batch)
+        prompts = text_prompts(tokenizer, batch, length)
         tokens = batch * out if out > 1 else length
         rows.append(
             _compare(
