@@ -34,7 +34,7 @@ MEASURES = re.compile(
 UNIT_NUMBER = re.compile(
     r"(?<![\w=`$.])\d[\d.,]*\s*(?:ms|µs|us|tok/s|tokens/s|GB/s|GiB/s|TFLOP/s|×|x faster|%)(?![\w`])"
 )
-PLACES = re.compile(r"(?:/home/|/Users/|/root/|/work/|/tmp/|/var/folders/|[A-Z]:\\\\)[\w./-]*")
+PLACES = re.compile(r"(?:/(?:home|Users|root|work|tmp|var/folders)/|[A-Z]:\\\\)[\w./-]*")
 
 
 def problems(path: Path) -> list[str]:

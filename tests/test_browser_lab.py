@@ -23,6 +23,7 @@ from site_build import BOOK, need_browser, write_demo  # noqa: F401  (a fixture)
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.usefixtures("need_browser")]
 
 CHAPTER = "measuring.ipynb"
+FAILED = ".jp-RenderedText[data-mime-type*=error]"
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
@@ -107,9 +108,14 @@ def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def run_all(page: Any, lab: tuple[str, str], notebook: str, limit_s: int) -> None:
-    """Open a notebook, run all cells and wait until each has its count and none failed."""
+    """Open a notebook, run all cells and wait until each has its count and none failed.
+
+    Each notebook has a workspace of its own: a shared one would reopen the notebook of the test
+    before, and the menu would run that one.
+    """
     base, token = lab
-    page.goto(f"{base}/lab/tree/{notebook}?token={token}")
+    workspace = Path(notebook).stem
+    page.goto(f"{base}/lab/workspaces/{workspace}/tree/{notebook}?token={token}")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -120,6 +126,7 @@ def run_all(page: Any, lab: tuple[str, str], notebook: str, limit_s: int) -> Non
     question = page.locator(".jp-Dialog .jp-mod-accept")  # which kernel, if none was ready yet
     while not page.evaluate(counted):
         assert time.monotonic() < end, "the notebook did not finish"
+        assert page.locator(FAILED).count() == 0, page.locator(FAILED).first.inner_text()
         if question.is_visible():
             question.click()
         page.wait_for_timeout(200)
@@ -129,7 +136,7 @@ def run_all(page: Any, lab: tuple[str, str], notebook: str, limit_s: int) -> Non
         ).count()
         == 0
     )
-    assert page.locator(".jp-RenderedText[data-mime-type*=error]").count() == 0
+    assert page.locator(FAILED).count() == 0
 
 
 def test_every_widget_is_live(lab: tuple[str, str]) -> None:
