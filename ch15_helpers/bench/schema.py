@@ -116,6 +116,7 @@ class TargetResult:
         return same is None or same.value is True
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, as ``results.json`` and a notebook's output hold them."""
         return {
             "target": self.target,
             "key": self.key,
