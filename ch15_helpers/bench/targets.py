@@ -82,6 +82,37 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "inference_monolithic.ipynb",
                 "recompute every token → paged KV cache, one engine on one device",
             ),
+            Target(
+                "continuous_batching",
+                "continuous_batching.ipynb",
+                "fair static batches → chunked, deadline-aware continuous batching under open load",
+            ),
+            Target(
+                "continuous_batching_multigpu",
+                "continuous_batching_multigpu.ipynb",
+                "round robin → KV-aware routing with a load cap, over replicas",
+            ),
+            Target(
+                "kv_cache_management_math",
+                "kv_cache_management_math.ipynb",
+                "always recompute, or always fetch → the cheaper of the two by the break-even",
+            ),
+            Target(
+                "kv_cache_management",
+                "kv_cache_management.ipynb",
+                "contiguous buffers → paged blocks with prefix sharing and cost-aware eviction",
+                validator="ch15_helpers.bench.validate_kv:validate_decode_latency",
+            ),
+            Target(
+                "kv_cache_nvlink_pool",
+                "kv_cache_nvlink_pool.ipynb",
+                "local HBM only → tiers (host, disk) with prefetch, at equal local memory",
+            ),
+            Target(
+                "kv_cache_nvlink_pool_multigpu",
+                "kv_cache_nvlink_pool_multigpu.ipynb",
+                "host offload → peer memory over the device link, at equal local memory",
+            ),
         )
     }
 )
