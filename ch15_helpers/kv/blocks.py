@@ -6,114 +6,17 @@ The vocabulary is PagedAttention's (Kwon et al., SOSP 2023): a sequence's *logic
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from ch15_helpers.errors import CapacityError
+from ch15_helpers.kv.allocator import BlockAllocator, OutOfBlocks
+
+__all__ = ["BlockAllocator", "BlockManager", "CopyOp", "OutOfBlocks"]
 
 CopyOp = tuple[int, int]
 """(source block, destination block): copy the content before the step writes."""
-
-
-class OutOfBlocks(CapacityError):
-    """The pool has fewer free blocks than the operation needs; nothing was changed."""
-
-
-class BlockAllocator:
-    """Hands out the ids ``0 .. num_blocks - 1`` and counts how many holders each has.
-
-    The free list is a stack: a block that was freed last is still warm in the caches and in the
-    page table, and is handed out first. Every operation is O(1) per block.
-    """
-
-    __slots__ = ("_free", "_refs", "num_total")
-
-    def __init__(self, num_blocks: int) -> None:
-        if num_blocks < 0:
-            raise ValueError(f"num_blocks must not be negative, got {num_blocks}")
-        self.num_total = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._refs = [0] * num_blocks
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
-
-    @property
-    def num_used(self) -> int:
-        """Blocks that somebody holds, counted from the reference counts, not by subtraction."""
-        return self.num_total - self._refs.count(0)
-
-    def can_allocate(self, n: int) -> bool:
-        """Whether ``allocate_many(n)`` would succeed."""
-        return n <= len(self._free)
-
-    def allocate(self) -> int:
-        """Take one free block; its reference count becomes 1. Raises OutOfBlocks."""
-        if not self._free:
-            raise self._out_of_blocks(1)
-        block = self._free.pop()
-        self._refs[block] = 1
-        return block
-
-    def allocate_many(self, n: int) -> list[int]:
-        """Take ``n`` free blocks, or none at all. Raises OutOfBlocks."""
-        if n > len(self._free):
-            raise self._out_of_blocks(n)
-        if n <= 0:
-            return []
-        blocks = self._free[: -n - 1 : -1]
-        del self._free[-n:]
-        for block in blocks:
-            self._refs[block] = 1
-        return blocks
-
-    def incref(self, block: int) -> None:
-        """Add a holder to a block that is in use."""
-        if self._refs[block] < 1:
-            raise ValueError(f"block {block} is free; only a block in use can be shared")
-        self._refs[block] += 1
-
-    def free(self, block: int) -> None:
-        """Drop one holder; the block returns to the free list with the last one."""
-        refs = self._refs[block]
-        if refs < 1:
-            raise ValueError(f"block {block} is already free: it was freed twice")
-        self._refs[block] = refs - 1
-        if refs == 1:
-            self._free.append(block)
-
-    def free_many(self, blocks: Iterable[int]) -> None:
-        """Drop one holder of each block."""
-        for block in blocks:
-            self.free(block)
-
-    def ref_count(self, block: int) -> int:
-        """How many hold this block; 0 when it is free."""
-        return self._refs[block]
-
-    def check_invariants(self) -> None:
-        """Raise AssertionError unless free and used blocks partition the pool."""
-        free = set(self._free)
-        assert len(free) == len(self._free), "a block is twice in the free list"
-        assert all(0 <= block < self.num_total for block in free), "a free block does not exist"
-        for block, refs in enumerate(self._refs):
-            assert refs >= 0, f"block {block} has {refs} references"
-            assert (refs == 0) == (block in free), (
-                f"block {block} has {refs} references and is{'' if block in free else ' not'} free"
-            )
-        assert self.num_free + self.num_used == self.num_total, "free + used != total"
-
-    def _out_of_blocks(self, n: int) -> OutOfBlocks:
-        return OutOfBlocks(
-            f"{n} KV blocks are needed, {self.num_free} of {self.num_total} are free; "
-            "free a sequence or make the pool larger",
-            blocks_needed=n,
-            blocks_total=self.num_total,
-        )
 
 
 class BlockManager:
@@ -191,16 +94,35 @@ class BlockManager:
             self.tables[row, start : len(blocks)] = fresh
         return copies
 
-    def fork(self, parent: Hashable, child: Hashable) -> None:
-        """Give ``child`` the same blocks as ``parent``; no content is copied until one writes."""
-        if child in self._rows:
-            raise ValueError(f"sequence {child!r} already has a block table")
-        blocks = self._blocks[parent]
-        row = self._take_row(child)
+    def adopt(self, seq_id: Hashable, blocks: Sequence[int]) -> None:
+        """Start the table of ``seq_id`` with blocks that others hold, too (a cached prefix)."""
+        if seq_id in self._rows:
+            raise ValueError(f"sequence {seq_id!r} already has a block table")
+        row = self._take_row(seq_id)
         for block in blocks:
             self.allocator.incref(block)
-        self._blocks[child] = list(blocks)
+        self._blocks[seq_id] = list(blocks)
+        self._fit_columns(len(blocks))
         self.tables[row, : len(blocks)] = blocks
+
+    def replace(self, seq_id: Hashable, index: int, block: int) -> None:
+        """Let logical block ``index`` be ``block``, which has the same content and a holder."""
+        blocks = self._blocks[seq_id]
+        self.allocator.incref(block)
+        self.allocator.free(blocks[index])
+        blocks[index] = block
+        self.tables[self._rows[seq_id], index] = block
+
+    def rename(self, seq_id: Hashable, name: Hashable) -> None:
+        """Let ``name`` hold what ``seq_id`` holds."""
+        if name in self._rows:
+            raise ValueError(f"sequence {name!r} already has a block table")
+        self._rows[name] = self._rows.pop(seq_id)
+        self._blocks[name] = self._blocks.pop(seq_id)
+
+    def fork(self, parent: Hashable, child: Hashable) -> None:
+        """Give ``child`` the same blocks as ``parent``; no content is copied until one writes."""
+        self.adopt(child, self._blocks[parent])
 
     def truncate(self, seq_id: Hashable, num_tokens: int) -> None:
         """Give back the blocks past ``num_tokens`` tokens (rollback of rejected draft tokens)."""
@@ -254,7 +176,7 @@ class BlockManager:
             for block in blocks:
                 held[block] = held.get(block, 0) + 1
         for block in range(self.allocator.num_total):
-            refs = self.allocator.ref_count(block)
+            refs = self.allocator.ref_count(block) - (block in self.allocator.cached)
             assert refs == held.get(block, 0), (
                 f"block {block}: {refs} references, {held.get(block, 0)} tables"
             )
