@@ -9,10 +9,29 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Protocol
 
 Worth = tuple[float, int]
 """Smaller goes first. The second part, a count of uses, decides between equals and is unique."""
+
+
+@dataclass(frozen=True)
+class RecomputeCost:
+    """Seconds to compute tokens again; policies only compare, so the unit is free.
+
+    Attributes:
+        token_s: for each token.
+        pair_s: for each (query, key) pair of attention; it makes deep blocks dear.
+    """
+
+    token_s: float = 1.0
+    pair_s: float = 0.0
+
+    def block_s(self, depth: int, block_size: int) -> float:
+        """For the full block with ``depth`` blocks before it."""
+        pairs = block_size * depth * block_size + block_size * (block_size + 1) // 2
+        return self.token_s * block_size + self.pair_s * pairs
 
 
 class EvictionPolicy(Protocol):
