@@ -76,6 +76,7 @@ class HashModel:
         batch: BatchMetadata,
         *,
         attention_backend: str = "auto",
+        kv_scales: torch.Tensor | None = None,
     ) -> Tensor:
         block_size = pages.shape[3]
         assert len(set(batch.slot_mapping.tolist())) == len(token_ids), "two writers of one slot"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.kernels.dispatch import triton_installed
+from ch15_helpers.kernels.kv_quant import dequantise
 from ch15_helpers.kernels.paged_attention_sdpa import paged_attention_sdpa
 
 BACKENDS = ("auto", "reference", "sdpa", "triton")
@@ -31,6 +32,8 @@ def paged_attention(
     batch: BatchMetadata,
     scale: float,
     backend: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each query over its own sequence's pages.
 
@@ -44,6 +47,8 @@ def paged_attention(
         scale: multiplies the scores, usually ``head_dim ** -0.5``.
         backend: one of :data:`BACKENDS`; ``auto`` is :func:`default_backend`, and falls back to
             ``sdpa`` with a warning where the Triton kernel does not support the shape.
+        k_scale, v_scale: float32 [num_blocks, num_kv_heads], any strides, of an int8 or
+            float8_e4m3fn cache: what its stored values are multiplied by.
 
     Returns:
         [num_tokens, num_heads, head_dim], the dtype of ``q``. Rows of padding sequences hold
@@ -58,12 +63,13 @@ def paged_attention(
             warnings.warn(f"paged attention uses sdpa, not triton: {reason}", stacklevel=2)
             chosen = "sdpa"
     if chosen == "reference":
-        return paged_attention_reference(q, k_cache, v_cache, batch, scale)
+        return paged_attention_reference(q, k_cache, v_cache, batch, scale, k_scale, v_scale)
     if chosen == "sdpa":
-        return paged_attention_sdpa(q, k_cache, v_cache, batch, scale)
+        return paged_attention_sdpa(q, k_cache, v_cache, batch, scale, k_scale, v_scale)
     from ch15_helpers.kernels.paged_attention_triton import paged_attention_triton
 
-    return paged_attention_triton(q, k_cache, v_cache, batch, scale)
+    scales = {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
+    return paged_attention_triton(q, k_cache, v_cache, batch, scale, **scales)
 
 
 def triton_unsupported_reason(q: Tensor, k_cache: Tensor) -> str | None:
@@ -82,7 +88,13 @@ def triton_unsupported_reason(q: Tensor, k_cache: Tensor) -> str | None:
 
 
 def paged_attention_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: BatchMetadata,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Scores, softmax and weighted sum written out in float32, one sequence at a time.
 
@@ -100,8 +112,8 @@ def paged_attention_reference(
             start += query_len
             continue
         blocks = batch.block_tables[seq, : -(-context_len // block_size)].long()
-        keys = k_cache[blocks].flatten(0, 1)[:context_len].float()
-        values = v_cache[blocks].flatten(0, 1)[:context_len].float()
+        keys = _blocks(k_cache, blocks, k_scale).flatten(0, 1)[:context_len]
+        values = _blocks(v_cache, blocks, v_scale).flatten(0, 1)[:context_len]
         queries = q[start : start + query_len].float().view(query_len, kv_heads, group, -1)
         scores = torch.einsum("qhgd,khd->hgqk", queries, keys) * scale
         positions = torch.arange(context_len, device=q.device)
@@ -111,3 +123,11 @@ def paged_attention_reference(
         out[start : start + query_len] = mixed.flatten(1, 2).to(q.dtype)
         start += query_len
     return out
+
+
+def _blocks(cache: Tensor, blocks: Tensor, scale: Tensor | None) -> Tensor:
+    """float32 [n, block_size, num_kv_heads, head_dim] of some blocks, decoded where quantised."""
+    if scale is None:
+        return cache[blocks].float()
+    stored = cache.view(torch.uint8)[blocks].view(cache.dtype)
+    return dequantise(stored, scale[blocks])

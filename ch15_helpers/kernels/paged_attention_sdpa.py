@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.kv_quant import decode
 
 # A prompt is attended in blocks of this many queries, each with the keys up to its own end: torch's
 # CPU kernel handles a short square faster than a long triangle (512 tokens: 3.2 ms against 4.2),
@@ -59,7 +60,6 @@ class _Plan:
 
     decodes: tuple[_DecodeGroup, ...]
     chunks: tuple[_Chunk, ...]
-    rows_per_block: int
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,32 @@ class _Pages:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class _Cache:
+    """Keys or values of one layer: pages, scales where they are quantised, and the row stride."""
+
+    pages: Tensor
+    scale: Tensor | None
+    rows_per_block: int
+
+    def gather(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """[num_rows, num_kv_heads, head_dim] in ``dtype``, decoded where quantised."""
+        if self.scale is None:
+            return _gather(self.pages, rows, self.rows_per_block).to(dtype)
+        stored = _gather(self.pages.view(torch.uint8), rows, self.rows_per_block)
+        blocks = rows // (self.rows_per_block or self.pages.shape[1])
+        scale = self.scale.index_select(0, blocks)
+        return decode(stored, self.pages.dtype).mul_(scale[:, :, None]).to(dtype)
+
+
 def paged_attention_sdpa(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: BatchMetadata,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """See :func:`ch15_helpers.kernels.paged_attention.paged_attention`.
 
@@ -80,33 +104,31 @@ def paged_attention_sdpa(
     """
     block_size = k_cache.shape[1]
     rows_per_block = _rows_per_block(k_cache, v_cache)
+    kv = _Cache(k_cache, k_scale, rows_per_block), _Cache(v_cache, v_scale, rows_per_block)
     key = ("sdpa", block_size, rows_per_block, q.dtype)
     plan = batch.scratch.get(key)
     if plan is None:
         pages = _Pages(block_size, rows_per_block or block_size, q.dtype)
-        plan = batch.scratch[key] = _make_plan(batch, pages, rows_per_block)
+        plan = batch.scratch[key] = _make_plan(batch, pages)
     if not plan.chunks and len(plan.decodes) == 1 and plan.decodes[0].q_rows is None:
-        return _decode(q, k_cache, v_cache, plan, plan.decodes[0], scale)
+        return _decode(q, kv, plan.decodes[0], scale)
     out = torch.zeros_like(q)
     for group in plan.decodes:
         rows = group.q_rows
         assert rows is not None
         queries = q.index_select(0, rows)
-        out[rows] = _decode(queries, k_cache, v_cache, plan, group, scale)
+        out[rows] = _decode(queries, kv, group, scale)
     for chunk in plan.chunks:
         queries = q[chunk.start : chunk.stop]
-        out[chunk.start : chunk.stop] = _prefill(queries, k_cache, v_cache, plan, chunk, scale)
+        out[chunk.start : chunk.stop] = _prefill(queries, kv, chunk, scale)
     return out
 
 
-def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan, group: _DecodeGroup, scale: float
-) -> Tensor:
-    kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
+def _decode(q: Tensor, kv: tuple[_Cache, _Cache], group: _DecodeGroup, scale: float) -> Tensor:
+    kv_heads, head_dim = kv[0].pages.shape[2:]
     # The heads of one group read the same keys: they become the query dimension of one call.
     queries = q.reshape(group.num_seqs, kv_heads, -1, head_dim)
-    keys = _gather(k_cache, group.rows, plan.rows_per_block, q.dtype)
-    values = _gather(v_cache, group.rows, plan.rows_per_block, q.dtype)
+    keys, values = (cache.gather(group.rows, q.dtype) for cache in kv)
     shape = (group.num_seqs, -1, kv_heads, head_dim)
     out = scaled_dot_product_attention(
         queries,
@@ -118,15 +140,13 @@ def _decode(
     return out.reshape(group.num_seqs, -1, head_dim)
 
 
-def _prefill(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: _Plan, chunk: _Chunk, scale: float
-) -> Tensor:
-    kv_heads, head_dim = k_cache.shape[2], k_cache.shape[3]
+def _prefill(q: Tensor, kv: tuple[_Cache, _Cache], chunk: _Chunk, scale: float) -> Tensor:
+    kv_heads, head_dim = kv[0].pages.shape[2:]
     group = q.shape[1] // kv_heads
     # KV heads are the batch dimension and the heads that share one its heads: no key is repeated.
     queries = q.view(-1, kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    keys = _gather(k_cache, chunk.rows, plan.rows_per_block, q.dtype).transpose(0, 1).unsqueeze(1)
-    values = _gather(v_cache, chunk.rows, plan.rows_per_block, q.dtype).transpose(0, 1).unsqueeze(1)
+    gathered = (cache.gather(chunk.rows, q.dtype) for cache in kv)
+    keys, values = (rows.transpose(0, 1).unsqueeze(1) for rows in gathered)
     query_len, context_len = q.shape[0], chunk.rows.shape[0]
     block = query_len if chunk.mask is None else QUERY_BLOCK
     out = torch.empty_like(q)
@@ -159,23 +179,23 @@ def _rows_per_block(k_cache: Tensor, v_cache: Tensor) -> int:
     return block_stride // slot_stride if packed and v_cache.stride() == k_cache.stride() else 0
 
 
-def _gather(cache: Tensor, rows: Tensor, rows_per_block: int, dtype: torch.dtype) -> Tensor:
+def _gather(cache: Tensor, rows: Tensor, rows_per_block: int) -> Tensor:
     """[num_rows, num_kv_heads, head_dim]: the cache's content at rows, or slots without rows."""
     num_blocks, block_size, kv_heads, head_dim = cache.shape
     if rows_per_block == 0:
-        return cache[rows // block_size, rows % block_size].to(dtype)
+        return cache[rows // block_size, rows % block_size]
     matrix = cache.as_strided(
         ((num_blocks - 1) * rows_per_block + block_size, kv_heads * head_dim),
         (cache.stride(1), 1),
         cache.storage_offset(),
     )
-    return matrix.index_select(0, rows).view(-1, kv_heads, head_dim).to(dtype)
+    return matrix.index_select(0, rows).view(-1, kv_heads, head_dim)
 
 
-def _make_plan(batch: BatchMetadata, pages: _Pages, rows_per_block: int) -> _Plan:
+def _make_plan(batch: BatchMetadata, pages: _Pages) -> _Plan:
     if batch.decode_only and not batch.context_lens_host:
         group = _group(batch, pages, None, batch.max_context_len)
-        return _Plan((group,), (), rows_per_block)
+        return _Plan((group,), ())
     query_lens = batch.query_lens_host or tuple(batch.query_starts.diff().tolist())
     context_lens = batch.context_lens_host or tuple(batch.context_lens.tolist())
     starts = [0]
@@ -199,7 +219,7 @@ def _make_plan(batch: BatchMetadata, pages: _Pages, rows_per_block: int) -> _Pla
         for s, n in enumerate(query_lens)
         if n > 1
     )
-    return _Plan(decodes, chunks, rows_per_block)
+    return _Plan(decodes, chunks)
 
 
 def _buckets(seqs: list[int], context_lens: tuple[int, ...]) -> list[list[int]]:

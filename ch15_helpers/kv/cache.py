@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ch15_helpers.errors import CapacityError
+from ch15_helpers.kernels.kv_quant import is_quantised, padded_scale_bytes
 from ch15_helpers.kv.blocks import CopyOp
 
 Layout = Literal["block_major", "layer_major"]
@@ -32,9 +33,15 @@ class KVGeometry(Protocol):
 
 
 def block_bytes(geometry: KVGeometry, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block across all layers, keys and values (2 MiB: Llama-3-8B, 16, bf16)."""
-    values = 2 * geometry.num_hidden_layers * geometry.num_key_value_heads * geometry.head_dim
-    return values * block_size * dtype.itemsize
+    """Bytes of one block across all layers, keys and values (2 MiB: Llama-3-8B, 16, bf16).
+
+    The scales of a quantised block (int8, float8_e4m3fn) are part of it.
+    """
+    layers, heads = geometry.num_hidden_layers, geometry.num_key_value_heads
+    values = 2 * layers * heads * geometry.head_dim * block_size * dtype.itemsize
+    if is_quantised(dtype):
+        values += padded_scale_bytes(layers, heads, geometry.head_dim)
+    return values
 
 
 def num_blocks_for_memory(
@@ -59,7 +66,10 @@ class PagedKVCache:
     Attributes:
         pages: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]; index 0 of the
             third dimension is K, 1 is V. A strided view when the layout is layer-major.
-        block_bytes: bytes of one block across all layers.
+        scales: None; a :class:`~ch15_helpers.kv.quantised.QuantisedKVCache` has them.
+        content: [num_blocks, ...], all that a block consists of, for copies of whole blocks. Here
+            it is ``pages``; with scales it is rows of bytes.
+        block_bytes: bytes of one block across all layers, scales included.
     """
 
     def __init__(
@@ -77,24 +87,31 @@ class PagedKVCache:
             raise ValueError(
                 f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}"
             )
-        layers, heads = geometry.num_hidden_layers, geometry.num_key_value_heads
-        tail = (block_size, heads, geometry.head_dim)
-        if layout == "block_major":
-            shape = (num_blocks, layers, 2, *tail)
-        elif layout == "layer_major":
-            shape = (layers, 2, num_blocks, *tail)
-        else:
+        if layout not in ("block_major", "layer_major"):
             raise ValueError(f"layout must be block_major or layer_major, got {layout!r}")
-        # Zeros, not garbage: masked attention multiplies stale values by 0, and 0 x NaN is NaN.
-        # On CPU they cost nothing until touched (calloc).
-        storage = torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin_memory)
-        self.pages: Tensor = (
-            storage if layout == "block_major" else storage.permute(2, 0, 1, 3, 4, 5)
-        )
         self.layout: Layout = layout
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.block_bytes = block_bytes(geometry, block_size, dtype)
+        self.pages: Tensor
+        self.scales: Tensor | None = None
+        self.content: Tensor
+        self._allocate(geometry, dtype, torch.device(device), pin_memory)
+
+    def _allocate(
+        self, geometry: KVGeometry, dtype: torch.dtype, device: torch.device, pin_memory: bool
+    ) -> None:
+        if is_quantised(dtype):
+            raise ValueError(f"{dtype} needs scales: use make_kv_cache or QuantisedKVCache")
+        layers, heads = geometry.num_hidden_layers, geometry.num_key_value_heads
+        tail = (self.block_size, heads, geometry.head_dim)
+        block_major = self.layout == "block_major"
+        head = (self.num_blocks, layers, 2) if block_major else (layers, 2, self.num_blocks)
+        # Zeros, not garbage: masked attention multiplies stale values by 0, and 0 x NaN is NaN.
+        # On CPU they cost nothing until touched (calloc).
+        storage = torch.zeros((*head, *tail), dtype=dtype, device=device, pin_memory=pin_memory)
+        self.pages = storage if block_major else storage.permute(2, 0, 1, 3, 4, 5)
+        self.content = self.pages
 
     @property
     def device(self) -> torch.device:
@@ -118,18 +135,22 @@ class PagedKVCache:
         """
         if pairs:
             source, target = (self._index(ids) for ids in zip(*pairs, strict=True))
-            self.pages.index_copy_(0, target, self.pages.index_select(0, source))
+            self.content.index_copy_(0, target, self.content.index_select(0, source))
 
     def read_blocks(self, block_ids: Sequence[int]) -> Tensor:
-        """Contents of ``n`` blocks, contiguous [n, layers, 2, block_size, kv_heads, head_dim]."""
-        return self.pages.index_select(0, self._index(block_ids)).contiguous()
+        """Contents of ``n`` blocks, contiguous [n, layers, 2, block_size, kv_heads, head_dim].
+
+        Of a quantised cache: uint8 [n, block_bytes], values and scales.
+        """
+        return self.content.index_select(0, self._index(block_ids)).contiguous()
 
     def write_blocks(self, block_ids: Sequence[int], data: Tensor) -> None:
         """Overwrite some blocks with ``data``, shaped as ``read_blocks`` returns it."""
-        expected = (len(block_ids), *self.pages.shape[1:])
+        expected = (len(block_ids), *self.content.shape[1:])
         if tuple(data.shape) != expected:
             raise ValueError(f"data has shape {tuple(data.shape)}, expected {expected}")
-        self.pages.index_copy_(0, self._index(block_ids), data.to(self.device, self.dtype))
+        data = data.to(self.device, self.content.dtype)
+        self.content.index_copy_(0, self._index(block_ids), data)
 
     def corrupt_block(self, block_id: int, how: Damage = "scramble") -> None:
         """Damage one block on purpose, to prove that a same-tokens check bites.
@@ -168,7 +189,8 @@ def swap_blocks(source: PagedKVCache, target: PagedKVCache, pairs: Sequence[Copy
     on the current stream: later work on that stream sees them, and the host must synchronise
     before it reads. Source and target must be different pools.
     """
-    if source.pages.shape[1:] != target.pages.shape[1:] or source.dtype != target.dtype:
+    same_shape = source.pages.shape[1:] == target.pages.shape[1:]
+    if not same_shape or source.dtype != target.dtype:
         raise ValueError(
             f"pools differ: {tuple(source.pages.shape[1:])} {source.dtype} against "
             f"{tuple(target.pages.shape[1:])} {target.dtype}"
@@ -178,8 +200,8 @@ def swap_blocks(source: PagedKVCache, target: PagedKVCache, pairs: Sequence[Copy
             raise IndexError(f"source blocks {first}..{first + length - 1} do not exist")
         if second + length > target.num_blocks:
             raise IndexError(f"target blocks {second}..{second + length - 1} do not exist")
-        target.pages[second : second + length].copy_(
-            source.pages[first : first + length], non_blocking=True
+        target.content[second : second + length].copy_(
+            source.content[first : first + length], non_blocking=True
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.kv_quant import write_kv_quantised
 from ch15_helpers.kernels.kv_write import write_kv
 from ch15_helpers.kernels.linear import linear
 from ch15_helpers.kernels.paged_attention import paged_attention
@@ -208,6 +209,7 @@ class Transformer:
         *,
         attention_backend: str = "auto",
         on_layer_done: Callable[[int], None] | None = None,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """Runs one step and returns the logits of the rows that will be sampled.
 
@@ -218,6 +220,7 @@ class Transformer:
             batch: queries, pages and slots of each sequence.
             attention_backend: see :func:`paged_attention`.
             on_layer_done: called with the layer's index once its K and V are in the pages.
+            kv_scales: float32 [num_blocks, num_layers, 2, num_kv_heads], of quantised pages.
 
         Returns:
             float32 [len(batch.logits_indices), vocab_size].
@@ -229,6 +232,7 @@ class Transformer:
             batch,
             attention_backend=attention_backend,
             on_layer_done=on_layer_done,
+            kv_scales=kv_scales,
         )
         return self.compute_logits(hidden.index_select(0, batch.logits_indices))
 
@@ -244,16 +248,22 @@ class Transformer:
         *,
         attention_backend: str = "auto",
         on_layer_done: Callable[[int], None] | None = None,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """Like :meth:`forward`, but returns the final normalised hidden states [N, hidden]."""
 
         def attend_layer(layer_index: int) -> Attend:
-            return self.paged_attend(layer_index, pages, batch, attention_backend)
+            return self.paged_attend(layer_index, pages, batch, attention_backend, kv_scales)
 
         return self._run_layers(token_ids, positions, attend_layer, on_layer_done)
 
     def paged_attend(
-        self, layer_index: int, pages: Tensor, batch: BatchMetadata, backend: str = "auto"
+        self,
+        layer_index: int,
+        pages: Tensor,
+        batch: BatchMetadata,
+        backend: str = "auto",
+        kv_scales: Tensor | None = None,
     ) -> Attend:
         """The attention of one layer over its pages: what :class:`DecoderLayer` calls."""
         k_cache, v_cache = pages[:, layer_index, 0], pages[:, layer_index, 1]
@@ -262,7 +272,15 @@ class Transformer:
             write_kv(k_cache, v_cache, k, v, batch.slot_mapping, batch.scratch)
             return paged_attention(q, k_cache, v_cache, batch, self.scale, backend)
 
-        return attend
+        if kv_scales is None:
+            return attend
+        scales = kv_scales[:, layer_index, 0], kv_scales[:, layer_index, 1]
+
+        def attend_quantised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            write_kv_quantised(k_cache, v_cache, *scales, k, v, batch)
+            return paged_attention(q, k_cache, v_cache, batch, self.scale, backend, *scales)
+
+        return attend_quantised
 
     @torch.inference_mode()
     def forward_dense(self, token_ids: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # the scheduler and the simulator run without torch
     import torch
 
     from ch15_helpers.kv.cache import Layout
+    from ch15_helpers.kv.policies import EvictionPolicy, RecomputeCost
     from ch15_helpers.serving.policy import Policy
 
 Preemption = Literal["recompute", "swap"]
@@ -29,6 +30,11 @@ class SchedulerConfig:
         preemption: ``recompute`` or ``swap`` (which recomputes when the host pool is full).
         max_model_len: most tokens of prompt and output together; None is no limit.
         policy: name for ``make_policy``, or a Policy.
+        enable_prefix_caching: keep computed blocks by content and reuse equal prefixes.
+        eviction_policy: which cached block goes first: a name for ``make_eviction_policy``, or
+            an EvictionPolicy (which then serves this scheduler alone).
+        recompute_cost: what a cached block saves, for the ``cost_aware`` policy; None counts
+            tokens alone.
     """
 
     max_num_seqs: int = 64
@@ -41,6 +47,9 @@ class SchedulerConfig:
     preemption: Preemption = "recompute"
     max_model_len: int | None = None
     policy: str | Policy = "fcfs"
+    enable_prefix_caching: bool = False
+    eviction_policy: str | EvictionPolicy = "lru"
+    recompute_cost: RecomputeCost | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
@@ -62,13 +71,15 @@ class EngineConfig:
         num_blocks: device pool; None sizes it from free memory (see ``pool_size``).
         num_host_blocks: host pool for ``preemption="swap"``, pinned when the model is on CUDA.
         attention_backend: ``auto``, ``reference``, ``sdpa`` or ``triton``.
-        kv_dtype: element type of the cache; None is the model's.
+        kv_dtype: element type of the cache: None is the model's; ``"fp8_e4m3"`` and ``"int8"``
+            are quantised, with a scale for each block and head.
         kv_layout: ``block_major`` or ``layer_major``.
         seed: base of the seeds of requests that bring none.
         gpu_memory_utilization: fraction of the device's memory that weights, activations and the
             pool may take together.
         max_model_len: context limit; None is the model's ``max_position_embeddings``.
         capture_decode: replay decode steps as CUDA graphs where ``can_capture`` allows it.
+        recompute_cost: None takes the model's arithmetic (see ``recompute_cost_of``).
     """
 
     block_size: int = 16
@@ -80,13 +91,16 @@ class EngineConfig:
     preemption: Preemption = "recompute"
     num_host_blocks: int = 0
     attention_backend: str = "auto"
-    kv_dtype: torch.dtype | None = None
+    kv_dtype: torch.dtype | str | None = None
     kv_layout: Layout = "block_major"
     seed: int = 0
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None
     policy: str | Policy = "fcfs"
     capture_decode: bool = True
+    enable_prefix_caching: bool = False
+    eviction_policy: str | EvictionPolicy = "lru"
+    recompute_cost: RecomputeCost | None = None
 
     def scheduler_config(self, num_blocks: int, model_len: int) -> SchedulerConfig:
         """The scheduler's share, once the pool's size is known.
@@ -107,4 +121,7 @@ class EngineConfig:
             preemption=self.preemption,
             max_model_len=limit,
             policy=self.policy,
+            enable_prefix_caching=self.enable_prefix_caching,
+            eviction_policy=self.eviction_policy,
+            recompute_cost=self.recompute_cost,
         )

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.kv.cache import PagedKVCache
+from ch15_helpers.kv.quantised import make_kv_cache
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.graphs import DecodeGraphs, can_capture
@@ -90,7 +91,9 @@ class Engine:
             self.runner.warm_up(config.max_num_seqs)
         if config.capture_decode and can_capture(model, config.attention_backend):
             limit = self.scheduler.config.max_model_len or model_len
-            graphs = DecodeGraphs(model, self.cache.pages, config.max_num_seqs, limit)
+            graphs = DecodeGraphs(
+                model, self.cache.pages, config.max_num_seqs, limit, self.cache.scales
+            )
             graphs.capture()
             self.runner.graphs = graphs
         self._num_requests = 0
@@ -330,7 +333,7 @@ class Engine:
     def _pool(self, num_blocks: int, on_host: bool) -> PagedKVCache:
         dtype = self.model.dtype if self.config.kv_dtype is None else self.config.kv_dtype
         device = self.model.device
-        return PagedKVCache(
+        return make_kv_cache(
             self.model.config,
             num_blocks,
             self.config.block_size,

@@ -108,9 +108,14 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: Transformer, pages: Tensor, max_num_seqs: int, max_model_len: int
+        self,
+        model: Transformer,
+        pages: Tensor,
+        max_num_seqs: int,
+        max_model_len: int,
+        kv_scales: Tensor | None = None,
     ) -> None:
-        self._model, self._pages = model, pages
+        self._model, self._pages, self._kv_scales = model, pages, kv_scales
         self._max_blocks = min(pages.shape[0], -(-max_model_len // pages.shape[3]))
         self._captured: dict[int, _Captured] = {}
         self.sizes: list[int] = []
@@ -174,7 +179,11 @@ class DecodeGraphs:
 
         def step() -> tuple[Tensor, Tensor]:
             logits = self._model.forward(
-                buffers.token_ids, buffers.positions, self._pages, metadata
+                buffers.token_ids,
+                buffers.positions,
+                self._pages,
+                metadata,
+                kv_scales=self._kv_scales,
             )
             return logits, greedy_ids(logits)
 

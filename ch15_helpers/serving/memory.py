@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from ch15_helpers.kernels.kv_quant import resolve_kv_dtype
 from ch15_helpers.kv.cache import num_blocks_for_memory
 from ch15_helpers.model.config import ModelConfig
 from ch15_helpers.serving.config import EngineConfig
@@ -26,7 +27,7 @@ def pool_size(
     Raises:
         CapacityError: not even one block fits.
     """
-    kv_dtype = dtype if config.kv_dtype is None else config.kv_dtype
+    kv_dtype = resolve_kv_dtype(dtype if config.kv_dtype is None else config.kv_dtype)
     if device.type == "cuda":
         budget = _cuda_budget_bytes(model, config, device, dtype)
     else:

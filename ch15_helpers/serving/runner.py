@@ -98,6 +98,7 @@ class ModelRunner:
             self.cache.pages,
             batch,
             attention_backend=self.attention_backend,
+            kv_scales=self.cache.scales,
         )
 
     def _move_blocks(self, step: Step) -> None:
