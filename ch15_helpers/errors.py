@@ -50,3 +50,15 @@ class NotebookError(Ch15Error):
 
 class WorkloadError(Ch15Error, ValueError):
     """A trace or a workload makes no sense; for a file, names it and the line."""
+
+
+class NoReplicaError(Ch15Error):
+    """No replica is alive that could take a request; says what became of them."""
+
+
+class ReplicaError(Ch15Error):
+    """Replica processes could not be started or do not keep to the protocol."""
+
+
+class TierError(Ch15Error):
+    """A KV tier cannot be built as asked; once it runs, its failures are misses, not errors."""

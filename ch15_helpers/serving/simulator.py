@@ -7,6 +7,7 @@ only the duration of a step comes from a ``StepTimeModel``. Results are determin
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import cast
@@ -114,6 +115,24 @@ class Simulator:
             if self._fast_forward:
                 self._skip(step, until_s)
 
+    def earliest_finish_s(self) -> float:
+        """A time before which no request finishes; infinity when there is no work.
+
+        It is a lower bound: every token takes a step, and a step at least the model's constant.
+        """
+        if self._finished:
+            return self.now_s
+        scheduler = self.scheduler
+        if not scheduler.has_work:
+            return math.inf
+        requests = itertools.chain(scheduler.running, scheduler.waiting)
+        steps = min(r.max_output_tokens - len(r.output_token_ids) for r in requests)
+        under_way = self._step is not None
+        begin_s = self._end_s if under_way else self.now_s
+        # Rounding of many additions must not make the bound too late.
+        least_s = begin_s + (steps - under_way) * self.model.constant_s * (1 - 1e-9)
+        return max(least_s, math.nextafter(self.now_s, math.inf))
+
     def _start(self) -> Step:
         self._step = step = self.scheduler.schedule(self.now_s)
         decodes = step.decodes
@@ -153,11 +172,12 @@ class Simulator:
         quiet = self.scheduler.num_quiet_steps(step)
         if quiet < 1:
             return
-        decode_step_s, count = self.model.decode_step_s, len(step.decodes)
+        count, token_s = len(step.decodes), self.model.context_token_s
+        base_s = self.model.decode_base_s(count)
         now_s, context, busy_s = self.now_s, self._context, self._busy_s
         times_s: list[float] = []
         for _ in range(quiet):
-            end_s = now_s + decode_step_s(count, context + count)
+            end_s = now_s + (base_s + token_s * (context + count))
             if end_s > until_s:
                 break
             context += count
