@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ch15_helpers.serving.scheduler_state import SchedulerState
+from ch15_helpers.serving.admission import Admission
 from ch15_helpers.serving.step import Step
 
 
-class FastForward(SchedulerState):
+class FastForward(Admission):
     """Repeats decode steps for a driver that has no model, such as the simulator."""
 
     def num_quiet_steps(self, step: Step) -> int:
@@ -21,7 +21,7 @@ class FastForward(SchedulerState):
         Ask after ``update`` of a step in which nothing finished. The number is a lower bound; it
         assumes that nothing more arrives, that only lengths end requests, and that none was forked.
         """
-        if step.chunks or step.preempted or not step.decodes:
+        if step.chunks or step.preempted or self._loading or not step.decodes:
             return 0
         if step.decodes is not self._decoding or self._prefilling:
             return 0

@@ -6,17 +6,23 @@ import itertools
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 from ch15_helpers.errors import InvalidRequestError
+from ch15_helpers.serving.content import NamedText
+
+if TYPE_CHECKING:
+    from ch15_helpers.kv.prefix import CachedBlock
 
 INVALID_TOKEN = -1
 """What the sampler returns for a row whose logits are not finite; no vocabulary has it."""
 
 
 class RequestStatus(Enum):
-    """Where a request is. RUNNING ones alone hold KV blocks on the device."""
+    """Where a request is. RUNNING and LOADING ones alone hold KV blocks on the device."""
 
     WAITING = "waiting"
+    LOADING = "loading"  # part of its prefix is on its way from a lower tier
     RUNNING = "running"
     PREEMPTED = "preempted"  # will be recomputed
     SWAPPED = "swapped"  # its blocks are in the host pool
@@ -103,6 +109,7 @@ class RequestMetrics:
         e2e_s: from arrival to the last token.
         queue_s: from arrival to the first step that worked on the request.
         num_preemptions: how often the request lost its KV blocks to another.
+        num_cached_tokens: prompt tokens that were found in the prefix cache or in its tiers.
     """
 
     ttft_s: float | None
@@ -111,6 +118,7 @@ class RequestMetrics:
     e2e_s: float | None
     queue_s: float | None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -148,6 +156,9 @@ class Request:
     event_at: int = 0  # computed tokens at which something other than one more token happens
     host_blocks: list[int] = field(default_factory=list)
     stop_ids: frozenset[int] = frozenset()
+    path: list[CachedBlock] = field(default_factory=list)  # cached blocks of its first tokens
+    num_shared_blocks: int = 0  # of them, those that it did not compute itself
+    num_cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         eos = () if self.params.ignore_eos else self.eos_token_ids
@@ -178,12 +189,21 @@ class Request:
             return self.output_token_ids[start - split : stop - split]
         return self.prompt_token_ids[start:] + self.output_token_ids[: stop - split]
 
+    def content(self, start: int, stop: int) -> tuple[Any, ...]:
+        """What tokens ``start .. stop - 1`` say; equal tuples are equal text."""
+        if isinstance(self.prompt_token_ids, NamedText):
+            return self.prompt_token_ids.content(start, stop)
+        return tuple(self.tokens(start, stop))
+
     def take_over(self, parent: Request) -> None:
         """Continue from where ``parent`` is now (a fork); parameters and arrival stay our own."""
-        self.prompt_token_ids = list(parent.prompt_token_ids)
+        self.prompt_token_ids = parent.prompt_token_ids[:]
         self.output_token_ids = list(parent.output_token_ids)
         self.token_times_s = list(parent.token_times_s)
         self.num_computed_tokens = parent.num_computed_tokens
+        self.path = parent.path[:]
+        self.num_shared_blocks = parent.num_shared_blocks
+        self.num_cached_tokens = parent.num_cached_tokens
         self.first_scheduled_s = parent.first_scheduled_s
 
     def metrics(self) -> RequestMetrics:
@@ -197,6 +217,7 @@ class Request:
             e2e_s=times[-1] - self.arrival_s if times else None,
             queue_s=None if queued is None else queued - self.arrival_s,
             num_preemptions=self.num_preemptions,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
 

@@ -100,15 +100,9 @@ class Scheduler(FastForward):
         """Decide the next step: decodes, and prompts as the policy wants them beside or before."""
         step = Step()
         self._disturbed = False
-        prompts_apart = self.policy.max_prefill_steps > 0
-        if prompts_apart and self._prompts_alone(step, now_s):
-            return step
-        if self._growing:
-            self._grow(step)
-        if not prompts_apart and (self._waiting or self._prefilling):
-            budget = self.config.max_num_batched_tokens - len(self._decoding)
-            self._add_prompts(step, budget, now_s)
-        step.decodes = self._decoding
+        self._fill(step, now_s)
+        if self.residency.prefix is not None and self.residency.prefix.keep_evicted:
+            step.demotions = self.residency.prefix.take_evicted()
         return step
 
     def update(self, step: Step, token_ids: Sequence[int], now_s: float) -> list[Request]:
@@ -149,9 +143,26 @@ class Scheduler(FastForward):
         for request in step.preempted:
             if request.status is RequestStatus.SWAPPED:
                 self.residency.forget(request)
+        for request in step.admitted:
+            if request.status is _RUNNING:  # not in the step, but a copy for it may have been
+                self._unlink(request)
+                self.residency.withdraw(request)
+                request.num_preemptions += 1
+                self._enqueue(request)
         return finished
 
     # ---- inside ----------------------------------------------------------------------------
+
+    def _fill(self, step: Step, now_s: float) -> None:
+        prompts_apart = self.policy.max_prefill_steps > 0
+        if prompts_apart and self._prompts_alone(step, now_s):
+            return
+        if self._growing:
+            self._grow(step)
+        if not prompts_apart and (self._waiting or self._prefilling):
+            budget = self.config.max_num_batched_tokens - len(self._decoding)
+            self._add_prompts(step, budget, now_s)
+        step.decodes = self._decoding
 
     def _prompts_alone(self, step: Step, now_s: float) -> bool:
         """Make this a step of prompts, if there are any and decodes have not waited too long."""
@@ -166,90 +177,12 @@ class Scheduler(FastForward):
         self._num_prefill_steps = 0
         return False
 
-    def _add_prompts(self, step: Step, budget: int, now_s: float) -> None:
-        """Admit requests and hand the budget out to prompts."""
-        if budget > 0:
-            wanted = self.policy.prefill_budget(self._decoding, budget, now_s)
-            budget = max(1, min(wanted, budget))
-        # Nobody is admitted into room that a preemption has just made.
-        if self._waiting and not step.preempted:
-            budget -= self._admit(step, budget, now_s)
-        prompts = self._prefilling
-        if len(prompts) > 1:
-            prompts = sorted(prompts, key=lambda request: self.policy.urgency(request, now_s))
-        for request in prompts:
-            if budget <= 0:
-                return
-            start = request.num_computed_tokens
-            remaining = num_tokens = request.num_tokens - start
-            if remaining > budget:
-                if self.config.enable_chunked_prefill:
-                    num_tokens = budget
-                elif step.chunks:
-                    return
-            step.chunks.append(ScheduledChunk(request, start, num_tokens, num_tokens == remaining))
-            budget -= num_tokens
-
-    def _admit(self, step: Step, budget: int, now_s: float) -> int:
-        """Give slots and blocks to those whose turn it is; returns how many came back to decode."""
-        joins_running = self.policy.joins_running
-        if self.num_running and not joins_running:
-            return 0
-        resumed = 0
-        under_way = sum(r.num_tokens - r.num_computed_tokens for r in self._prefilling)
-        while self._waiting and self.num_running < self._max_running:
-            index = self.policy.next_index(self._waiting, self.num_running, now_s)
-            if index < 0:
-                break
-            request = self._waiting[index]
-            needed = self.blocks.blocks_for(request.num_tokens)
-            if needed > self.config.num_blocks:
-                del self._waiting[index]
-                self._outgrown(step, request)
-                continue
-            reserve = self._watermark_blocks if self.num_running else 0
-            if needed + reserve > self.blocks.allocator.num_free:
-                break
-            remaining = request.num_tokens - request.num_computed_tokens
-            # With room for everybody nobody's order matters.
-            crowded = joins_running and under_way + remaining > budget - resumed
-            if crowded and not self._has_room(request, remaining, budget - resumed, now_s):
-                break
-            del self._waiting[index]
-            if self._start(step, request, now_s):
-                resumed += 1
-            else:
-                under_way += remaining
-        return resumed
-
-    def _has_room(self, request: Request, remaining: int, budget: int, now_s: float) -> bool:
-        """Whether a request from the queue would be computed in this step."""
-        mine = self.policy.urgency(request, now_s)
-        ahead = sum(
-            prompt.num_tokens - prompt.num_computed_tokens
-            for prompt in self._prefilling
-            if self.policy.urgency(prompt, now_s) <= mine
-        )
-        if ahead >= budget:
-            return False
-        return self.config.enable_chunked_prefill or not ahead or ahead + remaining <= budget
-
-    def _start(self, step: Step, request: Request, now_s: float) -> bool:
-        """Bring a request in; returns whether it goes on decoding at once."""
-        self.residency.bring_in(request, step)
-        if request.first_scheduled_s is None:
-            request.first_scheduled_s = now_s
-        if request.output_token_ids and request.num_computed_tokens == request.num_tokens - 1:
-            self._decoding = [*self._decoding, request]
-            return True
-        self._prefilling.append(request)
-        return False
-
     def _grow(self, step: Step) -> None:
         """Give blocks to the decodes that need one, oldest first, preempting as needed."""
         growing, self._growing = self._growing, []
         growing.sort(key=lambda request: request.ordinal)
-        copies: dict[int, int] = {}  # new block: the shared block that it must be a copy of
+        # New block: the shared block that it must be a copy of.
+        copies = {target: source for source, target in step.copies}
         for request in growing:
             while request.status is _RUNNING:
                 if self.residency.can_grow(request):
@@ -258,6 +191,8 @@ class Scheduler(FastForward):
                 if self.num_running == 1:
                     self._unlink(request)
                     self._outgrown(step, request)
+                elif self.num_running - self.num_loading == 1:
+                    self._preempt(step, request, copies)  # who is loading cannot give way
                 else:
                     self._preempt(step, self.policy.victim(self.running), copies)
         step.copies = [(source, target) for target, source in copies.items()]
@@ -276,8 +211,12 @@ class Scheduler(FastForward):
         complete = [chunk.request for chunk in step.chunks if chunk.is_last]
         for chunk in step.chunks:
             chunk.request.num_computed_tokens += chunk.num_tokens
+            if not chunk.is_last:
+                self.residency.keep(chunk.request)
         ended: list[Request] = []
         for request, token in zip(complete, tokens, strict=False):
+            if token != INVALID_TOKEN:
+                self.residency.keep(request)
             request.output_token_ids.append(token)
             request.token_times_s.append(now_s)
             event = request.num_computed_tokens >= request.event_at or token in request.stop_ids
@@ -306,8 +245,3 @@ class Scheduler(FastForward):
             self._growing.append(request)
             return False
         return True
-
-    def _outgrown(self, step: Step, request: Request) -> None:
-        reason = self.residency.why_never(request)
-        self._finish(request, "error", f"{reason}; its tokens so far are kept")
-        step.failed.append(request)

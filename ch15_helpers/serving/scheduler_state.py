@@ -14,6 +14,7 @@ from ch15_helpers.serving.request import Request, RequestStatus
 from ch15_helpers.serving.residency import Residency
 
 _RUNNING, _FINISHED = RequestStatus.RUNNING, RequestStatus.FINISHED
+_LOADING = RequestStatus.LOADING
 
 
 class SchedulerState:
@@ -33,10 +34,12 @@ class SchedulerState:
         # Replaced, never changed in place: a Step keeps the list, and the runner reuses what it
         # built for the same list.
         self._decoding: list[Request] = []
+        self._loading: dict[int, Request | None] = {}  # by ticket; None has ended meanwhile
         self._growing: list[Request] = []  # must get a block, or a private copy of one, first
         self._num_prefill_steps = 0  # in a row, for policies that keep prompts apart
         self._disturbed = False  # since the last schedule, requests came or went from outside
         self._num_added = 0
+        self._num_tickets = 0
         # Every running request may need a token of the budget in the same step.
         self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
 
@@ -53,7 +56,12 @@ class SchedulerState:
     @property
     def num_running(self) -> int:
         """Requests that hold KV blocks on the device."""
-        return len(self._prefilling) + len(self._decoding)
+        return len(self._prefilling) + len(self._decoding) + self.num_loading
+
+    @property
+    def num_loading(self) -> int:
+        """Of those, requests that wait for blocks from a lower tier."""
+        return sum(request is not None for request in self._loading.values())
 
     @property
     def waiting(self) -> Sequence[Request]:
@@ -62,7 +70,7 @@ class SchedulerState:
 
     @property
     def running(self) -> Iterator[Request]:
-        """Requests that hold KV blocks, those still in their prompt first."""
+        """Requests that hold KV blocks and can be computed, those still in their prompt first."""
         return chain(self._prefilling, self._decoding)
 
     def get(self, request_id: str) -> Request | None:
@@ -72,20 +80,25 @@ class SchedulerState:
     def check_invariants(self) -> None:
         """Raise AssertionError when queues, statuses, tables and pools disagree."""
         self.residency.check_invariants()
-        running, waiting = list(self.running), list(self._waiting)
+        loading = [request for request in self._loading.values() if request is not None]
+        running, waiting = [*self.running, *loading], list(self._waiting)
         assert {*running, *waiting} == set(self._requests.values()), "a request is lost"
         assert len(running) + len(waiting) == len(self._requests), "a request is queued twice"
-        assert self.blocks.num_seqs == len(running), "a table without a running request"
+        ended = len(self._loading) - len(loading)
+        assert self.blocks.num_seqs == len(running) + ended, "a table without a running request"
         assert len(running) <= self.config.max_num_seqs, "more than max_num_seqs run"
         assert len(running) <= self.config.max_num_batched_tokens, "decodes may exceed the budget"
         places = [_place(request) for request in waiting]
         assert places == sorted(places), "the queue is out of order"
         for request in running:
-            assert request.status is _RUNNING, f"{request.request_id} runs as {request.status}"
+            status = _LOADING if request in loading else _RUNNING
+            assert request.status is status, f"{request.request_id} runs as {request.status}"
+            held = self.blocks.table(request.request_id)[: len(request.path)]
+            assert held == [node.block for node in request.path], "stale path"
             assert request.slot == self.blocks.row(request.request_id), "stale slot"
             assert not request.host_blocks, "blocks on the device and on the host"
         for request in waiting:
-            assert request.status is not _RUNNING, f"{request.request_id} waits as running"
+            assert request.status not in (_RUNNING, _LOADING), f"{request.request_id} waits as it"
             swapped = request.status is RequestStatus.SWAPPED
             assert swapped == bool(request.host_blocks), "SWAPPED means: blocks on the host"
             assert swapped or request.num_computed_tokens == 0, "tokens computed, but nowhere"
@@ -123,12 +136,17 @@ class SchedulerState:
 
     def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
         """Free everything; the caller takes the request out of the lists."""
-        self.residency.release(request)
+        self.residency.release(request, trusted=reason != "error")
         request.status, request.finish_reason, request.error = _FINISHED, reason, error
         del self._requests[request.request_id]
 
     def _unlink(self, request: Request) -> None:
-        if request.status is not _RUNNING:
+        if request.status is _LOADING:
+            ticket = next(key for key, other in self._loading.items() if other is request)
+            # Its blocks are being written to; they are free when that is over.
+            self.blocks.rename(request.request_id, ticket)
+            self._loading[ticket] = None
+        elif request.status is not _RUNNING:
             self._waiting.remove(request)
         elif request in self._prefilling:
             self._prefilling.remove(request)
