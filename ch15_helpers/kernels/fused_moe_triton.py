@@ -1,0 +1,232 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""The mixture-of-experts block on CUDA: three ways, by how many rows an expert gets.
+
+- *vector*: a handful of pairs. Each pair streams its expert's weights through plain multiply-adds;
+  two launches, and no sort, since pairs seldom share an expert.
+- *tile*: few rows per expert, bound by the bytes of the weights. Tensor cores take the weights as
+  the tall side (64 rows at least) and the tokens as the narrow one (16 to 64), so that one token
+  is not padded to 64.
+- *wide*: many rows, bound by arithmetic: see ``fused_moe_triton_hopper``.
+
+Bytes: each expert in use once, ``3 * hidden * inner`` elements. Operations:
+``6 * hidden * inner`` for each pair. No way asks the host anything: all can be captured.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ch15_helpers.kernels.moe_permute import sort_by_expert
+from ch15_helpers.kernels.moe_permute_triton import combine_triton, gather_rows_triton
+
+_VARYING = ("num_pairs", "stride_x")
+
+
+@triton.jit
+def _vector_gate_up_kernel(
+    x_ptr, w_ptr, h_ptr, ids_ptr, stride_x, hidden, inner,
+    E: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1).to(tl.int64)
+    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x_ptr += pair // TOP_K * stride_x
+    w_rows = w_ptr + (expert * 2 * inner + n) * hidden
+    gate = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    up = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for start in range(0, hidden, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = (n < inner)[:, None] & (k < hidden)[None, :]
+        x = tl.load(x_ptr + k, mask=k < hidden, other=0.0).to(tl.float32)[None, :]
+        w = w_rows[:, None] + k[None, :]
+        gate += tl.load(w, mask=mask, other=0.0).to(tl.float32) * x
+        up += tl.load(w + inner * hidden, mask=mask, other=0.0).to(tl.float32) * x
+    g = tl.sum(gate, 1)
+    h = g * tl.sigmoid(g) * tl.sum(up, 1)
+    tl.store(h_ptr + pair * inner + n, h.to(h_ptr.dtype.element_ty), mask=n < inner)
+
+
+@triton.jit
+def _vector_down_kernel(
+    h_ptr, w_ptr, out_ptr, ids_ptr, weights_ptr, hidden, inner,
+    E: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        expert = tl.load(ids_ptr + pair).to(tl.int64)
+        if (expert >= 0) & (expert < E):
+            weight = tl.load(weights_ptr + pair).to(tl.float32)
+            w_rows = w_ptr + (expert * hidden + n) * inner
+            for start in range(0, inner, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                mask = (n < hidden)[:, None] & (k < inner)[None, :]
+                h = tl.load(h_ptr + pair * inner + k, mask=k < inner, other=0.0).to(tl.float32)
+                w = tl.load(w_rows[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+                total += w * (weight * h)[None, :]
+    out = tl.sum(total, 1).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * hidden + n, out, mask=n < hidden)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _tile_kernel(
+    a_ptr, w_desc, out_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, num_pairs, stride_a, depth, columns,
+    FIRST: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``FIRST``: tokens' rows to silu(gate) * up. Else: sorted rows to the down projection."""
+    tile = tl.program_id(1)
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    expert = tl.load(tiles_ptr + tile * 4)
+    row = tl.load(tiles_ptr + tile * 4 + 1) + tl.arange(0, BLOCK_M)
+    pair = tl.load(rows_ptr + row)
+    real = pair < num_pairs
+    source = pair // TOP_K if FIRST else row
+    a_rows = a_ptr + source.to(tl.int64) * stride_a
+    column = tl.program_id(0) * BLOCK_N
+    w_row = expert * columns * (2 if FIRST else 1) + column
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = real[:, None] & (k < depth)[None, :]
+        a = tl.trans(tl.load(a_rows[:, None] + k[None, :], mask=mask, other=0.0))
+        acc = tl.dot(w_desc.load([w_row, start]), a, acc, input_precision=PRECISION)
+        if FIRST:
+            w = w_desc.load([w_row + columns, start])
+            up = tl.dot(w, a, up, input_precision=PRECISION)
+    if FIRST:
+        acc = acc * tl.sigmoid(acc) * up
+    n = column + tl.arange(0, BLOCK_N)
+    out = out_ptr + row.to(tl.int64)[:, None] * columns + n[None, :]
+    mask = real[:, None] & (n < columns)[None, :]
+    tl.store(out, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class MoEPlan:
+    """How one call runs: ``kind`` is vector, tile or wide; the rest are block sizes."""
+
+    kind: str
+    block_m: int = 16
+    block_n: int = 64
+    block_k: int = 128
+    num_stages: int = 3
+    num_warps: int = 4
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter, used to debug without a GPU.
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _has_wgmma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def choose_plan(
+    num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype, wide: bool
+) -> MoEPlan:
+    """The way for a number of tokens, from rows per expert if routing were even.
+
+    Args:
+        wide: whether the device can run the wide kernel.
+    """
+    num_pairs = num_tokens * top_k
+    if num_tokens == 1 or 4 * num_pairs <= num_experts:
+        return MoEPlan("vector")
+    rows = num_pairs / num_experts
+    if dtype == torch.float32:
+        return MoEPlan("tile", block_m=16 if rows < 16 else 32, block_k=32)
+    if wide and rows > 32:
+        return MoEPlan("wide")
+    # Twice the mean, so that few experts need a second tile and read their weights again.
+    block_m = min(64, max(16, triton.next_power_of_2(int(1.5 * rows))))
+    return MoEPlan("tile", block_m=block_m)
+
+
+def _run_vector(x, gate_up, down, weights, experts, plan):
+    (num_tokens, hidden), (num_experts, _, inner) = x.shape, down.shape
+    top_k = experts.shape[1]
+    h = x.new_empty((num_tokens * top_k, inner))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, block_k = 4, 1024
+    _vector_gate_up_kernel[(triton.cdiv(inner, rows), num_tokens * top_k)](
+        x, gate_up, h, experts, x.stride(0), hidden, inner,
+        num_experts, top_k, rows, min(block_k, triton.next_power_of_2(hidden)),
+    )  # fmt: skip
+    _vector_down_kernel[(triton.cdiv(hidden, rows), num_tokens)](
+        h, down, out, experts, weights, hidden, inner,
+        num_experts, top_k, rows, min(block_k, triton.next_power_of_2(inner)),
+    )  # fmt: skip
+    return out
+
+
+def _run_tile(x, gate_up, down, weights, experts, plan):
+    hidden, (num_experts, _, inner) = x.shape[1], down.shape
+    num_pairs, top_k = experts.numel(), experts.shape[1]
+    order = sort_by_expert(experts, num_experts, plan.block_m, plan.block_m)
+    h, y = x.new_empty((order.capacity, inner)), x.new_empty((order.capacity, hidden))
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+
+    def multiply(a, weight, out, first):
+        depth, columns = weight.shape[2], out.shape[1]
+        block_n = plan.block_n if first else 2 * plan.block_n
+        w_desc = TensorDescriptor.from_tensor(
+            weight.view(-1, depth), [block_n, plan.block_k]
+        )
+        _tile_kernel[(triton.cdiv(columns, block_n), order.tiles.shape[0])](
+            a, w_desc, out, order.rows, order.tiles, order.num_tiles, num_pairs, a.stride(0),
+            depth, columns, FIRST=first, TOP_K=top_k, BLOCK_M=plan.block_m, BLOCK_N=block_n,
+            BLOCK_K=plan.block_k, PRECISION=precision, num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+        )  # fmt: skip
+
+    multiply(x, gate_up, h, True)
+    multiply(h, down, y, False)
+    return combine_triton(y, order.positions, weights)
+
+
+def _run_wide(x, gate_up, down, weights, experts, plan):
+    from ch15_helpers.kernels.fused_moe_triton_hopper import HALF, TILE, grouped_gemm_hopper
+
+    order = sort_by_expert(experts, down.shape[0], HALF, TILE)
+    rows = gather_rows_triton(x, order.positions, order.capacity, experts.shape[1])
+    processors = _processors(x.device)
+    for weight, swiglu in ((gate_up, True), (down, False)):
+        rows = grouped_gemm_hopper(
+            rows, weight, order.tiles, order.num_tiles, swiglu=swiglu, processors=processors
+        )
+    return combine_triton(rows, order.positions, weights)
+
+
+def fused_moe_triton(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    plan: MoEPlan | None = None,
+) -> Tensor:
+    """See :func:`ch15_helpers.kernels.fused_moe.fused_moe`; ``plan`` overrides the choice."""
+    if plan is None:
+        plan = choose_plan(
+            x.shape[0], experts.shape[1], down.shape[0], x.dtype, _has_wgmma(x.device)
+        )
+    run = {"vector": _run_vector, "tile": _run_tile, "wide": _run_wide}[plan.kind]
+    return run(x, gate_up, down, weights.contiguous(), experts.contiguous(), plan)
