@@ -42,6 +42,7 @@ class EngineMachine(RuleBasedStateMachine):
         num_host_blocks=st.sampled_from([0, 3, 12]),
         watermark=st.sampled_from([0.0, 0.01, 0.3]),
         layout=st.sampled_from(["block_major", "layer_major"]),
+        eviction=st.sampled_from([None, "lru", "lfu", "fifo", "cost_aware"]),
     )
     def start(
         self,
@@ -54,6 +55,7 @@ class EngineMachine(RuleBasedStateMachine):
         num_host_blocks: int,
         watermark: float,
         layout: Any,
+        eviction: str | None = None,
     ) -> None:
         self.model = HashModel(MODEL_LEN)
         self.pool_tokens = block_size * num_blocks
@@ -70,13 +72,15 @@ class EngineMachine(RuleBasedStateMachine):
                 num_host_blocks=num_host_blocks,
                 watermark=watermark,
                 kv_layout=layout,
+                enable_prefix_caching=eviction is not None,
+                eviction_policy=eviction or "lru",
             ),
             clock=lambda: float(next(ticks)),
         )
         self.asked: dict[str, tuple[list[int], SamplingParams]] = {}
         self.aborted: set[str] = set()
         self.failed_steps = 0
-        self.count = 0
+        self.last: list[int] = []
 
     @rule(
         prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=25),
@@ -84,6 +88,26 @@ class EngineMachine(RuleBasedStateMachine):
         stop=st.lists(st.integers(0, VOCAB - 1), max_size=4),
     )
     def admit(self, prompt: list[int], max_tokens: int, stop: list[int]) -> None:
+        self.add(prompt, max_tokens, stop)
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=25),
+        max_tokens=st.integers(1, 40),
+        times=st.integers(1, 3),
+    )
+    def admit_again(self, prompt: list[int], max_tokens: int, times: int) -> None:
+        """Prompts that share prefixes, and equal ones in the same step."""
+        for _ in range(times):
+            self.add(prompt, max_tokens, [])
+
+    @rule(cut=st.integers(0, 8), more=st.lists(st.integers(0, 1), max_size=4))
+    @precondition(lambda self: self.last)
+    def next_turn(self, cut: int, more: list[int]) -> None:
+        """A conversation goes on: prompt and output of one that ended, and a little more."""
+        prompt = (self.last[: max(1, len(self.last) - cut)] + more)[: MODEL_LEN - 8]
+        self.add(prompt, 8, [])
+
+    def add(self, prompt: list[int], max_tokens: int, stop: list[int]) -> None:
         params = SamplingParams(max_tokens=max_tokens, stop_token_ids=tuple(stop))
         self.asked[self.engine.add_request(prompt, params)] = (prompt, params)
 
@@ -135,6 +159,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert tokens == expected, f"{output.request_id}: {tokens} != {expected}"
                 assert (output.finish_reason == "stop") == (tokens[-1] in params.stop_token_ids)
                 assert output.error is None
+                self.last = prompt + tokens
             else:
                 assert tokens == expected[: len(tokens)]
                 assert len(tokens) < len(expected)

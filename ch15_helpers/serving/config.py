@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # the scheduler and the simulator run without torch
 
     from ch15_helpers.kv.cache import Layout
     from ch15_helpers.kv.policies import EvictionPolicy, RecomputeCost
+    from ch15_helpers.kv.tier_config import TierConfig
     from ch15_helpers.serving.policy import Policy
 
 Preemption = Literal["recompute", "swap"]
@@ -80,6 +81,7 @@ class EngineConfig:
         max_model_len: context limit; None is the model's ``max_position_embeddings``.
         capture_decode: replay decode steps as CUDA graphs where ``can_capture`` allows it.
         recompute_cost: None takes the model's arithmetic (see ``recompute_cost_of``).
+        tiers: where evicted blocks of the prefix cache go; None drops them.
     """
 
     block_size: int = 16
@@ -101,13 +103,17 @@ class EngineConfig:
     enable_prefix_caching: bool = False
     eviction_policy: str | EvictionPolicy = "lru"
     recompute_cost: RecomputeCost | None = None
+    tiers: TierConfig | None = None
 
-    def scheduler_config(self, num_blocks: int, model_len: int) -> SchedulerConfig:
+    def scheduler_config(
+        self, num_blocks: int, model_len: int, cost: RecomputeCost | None = None
+    ) -> SchedulerConfig:
         """The scheduler's share, once the pool's size is known.
 
         Args:
             num_blocks: blocks of the device pool.
             model_len: the model's own context limit in tokens.
+            cost: of recomputing a block, where the configuration does not say.
         """
         limit = model_len if self.max_model_len is None else min(self.max_model_len, model_len)
         return SchedulerConfig(
@@ -123,5 +129,5 @@ class EngineConfig:
             policy=self.policy,
             enable_prefix_caching=self.enable_prefix_caching,
             eviction_policy=self.eviction_policy,
-            recompute_cost=self.recompute_cost,
+            recompute_cost=cost if self.recompute_cost is None else self.recompute_cost,
         )

@@ -11,17 +11,18 @@ from rich.progress import Progress
 from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.kv.cache import PagedKVCache
 from ch15_helpers.kv.quantised import make_kv_cache
+from ch15_helpers.kv.tier_config import TierConfig
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.graphs import DecodeGraphs, can_capture
-from ch15_helpers.serving.memory import pool_size
+from ch15_helpers.serving.intake import Prompt, encode, params_for
+from ch15_helpers.serving.memory import pool_size, recompute_cost_of
+from ch15_helpers.serving.offload import Offload
 from ch15_helpers.serving.request import SLO, Request, RequestOutput, SamplingParams
 from ch15_helpers.serving.runner import ModelRunner
 from ch15_helpers.serving.sampling import derive_seed
 from ch15_helpers.serving.scheduler import Scheduler
 from ch15_helpers.serving.step import Step
-
-Prompt = str | list[int] | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Engine:
     Attributes:
         model, config, scheduler, runner, cache, host_cache: the parts, for notebooks to look at.
         num_steps: steps that ran the model.
+        offload: the tiers below the device pool, where ``config.tiers`` asks for them.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
 
         Raises:
             CapacityError: the KV pool would not have a single block.
+            TierError: a tier cannot be built.
         """
         self.model = model
         self.config = config = EngineConfig() if config is None else config
@@ -79,7 +82,8 @@ class Engine:
         if num_blocks is None:
             num_blocks = pool_size(model.config, config, model.device, model.dtype)
         model_len = model.config.max_position_embeddings
-        self.scheduler = Scheduler(config.scheduler_config(num_blocks, model_len))
+        cost = recompute_cost_of(model.config)
+        self.scheduler = Scheduler(config.scheduler_config(num_blocks, model_len, cost))
         self.cache = self._pool(num_blocks, on_host=False)
         self.host_cache = None
         if config.num_host_blocks:
@@ -87,6 +91,7 @@ class Engine:
         self.runner = ModelRunner(
             model, self.cache, self.scheduler.blocks, self.host_cache, config.attention_backend
         )
+        self.offload = self.runner.offload = self._tiers(config.tiers)
         if model.device.type == "cuda":
             self.runner.warm_up(config.max_num_seqs)
         if config.capture_decode and can_capture(model, config.attention_backend):
@@ -127,8 +132,8 @@ class Engine:
             )
         if not prompts:
             raise InvalidRequestError("the list of prompts is empty; it needs at least one")
-        each = self._params_for(len(prompts), params)
-        token_ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        each = params_for(len(prompts), params)
+        token_ids = [encode(self.model, prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         names = [
             self._queue(self._request(tokens, params, None, self.clock()))
             for tokens, params in zip(token_ids, each, strict=True)
@@ -173,7 +178,7 @@ class Engine:
         Raises:
             InvalidRequestError: the prompt makes no sense, or the id is in use.
         """
-        tokens = self._encode(prompt, "the prompt")
+        tokens = encode(self.model, prompt, "the prompt")
         now_s = self.clock() if arrival_s is None else arrival_s
         request = self._request(tokens, params or SamplingParams(), request_id, now_s)
         request.priority, request.slo = priority, slo
@@ -215,8 +220,16 @@ class Engine:
         return request is not None
 
     def step(self) -> list[RequestOutput]:
-        """Run one iteration; returns the outputs of the requests that ended."""
+        """Run one iteration; returns the outputs of the requests that ended.
+
+        With nothing to do but to wait for blocks from a lower tier, it waits for them.
+        """
         return [self._output(request) for request in self._step()]
+
+    def close(self) -> None:
+        """Stop what runs in the background. Needed only with ``config.tiers``."""
+        if self.offload is not None:
+            self.offload.close()
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the scheduler or the pools are inconsistent."""
@@ -226,6 +239,8 @@ class Engine:
 
     def _step(self) -> list[Request]:
         ended, self._ended = self._ended, []
+        if self.offload is not None:
+            self.offload.deliver()
         if not self.scheduler.has_work:
             return ended
         start_s = self.clock()
@@ -237,16 +252,24 @@ class Engine:
             # The scheduler's state is sound, the device's may not be: only this step's requests
             # depend on it.
             text = f"the model step failed: {type(error).__name__}: {error}"
-            return ended + self.scheduler.fail(step, text)
+            return ended + self._fail(step, text)
         except BaseException:
-            self.scheduler.fail(step, "interrupted")
+            self._fail(step, "interrupted")
             raise
         ran_s = self.clock()
         ended += self.scheduler.update(step, token_ids, ran_s)
         self.num_steps += 1
         if self.on_step is not None:
             self.on_step(self._record(step, start_s, scheduled_s, ran_s))
+        if step.is_empty and not ended and self.offload is not None:
+            self.offload.wait()
         return ended
+
+    def _fail(self, step: Step, error: str) -> list[Request]:
+        finished = self.scheduler.fail(step, error)
+        if self.offload is not None:
+            self.offload.drop(step)
+        return finished
 
     def _record(self, step: Step, start_s: float, scheduled_s: float, ran_s: float) -> StepRecord:
         return StepRecord(
@@ -281,42 +304,6 @@ class Engine:
             seed=seed,
         )
 
-    def _params_for(
-        self, count: int, params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [params or SamplingParams()] * count
-        if len(params) != count:
-            raise InvalidRequestError(
-                f"{count} prompts came with {len(params)} SamplingParams; give one for all or one "
-                "for each"
-            )
-        return list(params)
-
-    def _encode(self, prompt: Prompt, what: str) -> list[int]:
-        if isinstance(prompt, str):
-            if self.model.tokenizer is None:
-                raise InvalidRequestError(
-                    f"{what} is text, but the model {self.model.source!r} has no tokenizer; give "
-                    "token ids"
-                )
-            token_ids = self.model.tokenizer.encode(prompt)
-        elif isinstance(prompt, list | tuple):
-            token_ids = list(prompt)
-        else:
-            raise InvalidRequestError(
-                f"{what} is a {type(prompt).__name__}; it must be a string or a list of token ids"
-            )
-        if not token_ids:
-            raise InvalidRequestError(f"{what} is empty; it needs at least one token")
-        vocab = self.model.config.vocab_size
-        for token in token_ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
-                raise InvalidRequestError(
-                    f"{what} has the token id {token!r}; ids are whole numbers in 0..{vocab - 1}"
-                )
-        return token_ids
-
     def _output(self, request: Request) -> RequestOutput:
         tokenizer = self.model.tokenizer
         tokens = request.output_token_ids
@@ -329,6 +316,20 @@ class Engine:
             error=request.error,
             metrics=request.metrics(),
         )
+
+    def _tiers(self, config: TierConfig | None) -> Offload | None:
+        prefix = self.scheduler.residency.prefix
+        if config is None:
+            return None
+        if prefix is None:
+            raise ValueError("tiers hold what the prefix cache evicts; set enable_prefix_caching")
+        from ch15_helpers.kv.tiers import TieredStore
+
+        fingerprint = f"{self.model.source} {self.model.dtype}"
+        store = TieredStore(
+            self.cache, prefix.keys, config, fingerprint=fingerprint, clock=self.clock
+        )
+        return Offload(store, self.scheduler)
 
     def _pool(self, num_blocks: int, on_host: bool) -> PagedKVCache:
         dtype = self.model.dtype if self.config.kv_dtype is None else self.config.kv_dtype

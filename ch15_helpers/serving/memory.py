@@ -1,4 +1,4 @@
-"""How large the KV pool may be."""
+"""How large the KV pool may be, and what a block in it saves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ch15_helpers.kernels.kv_quant import resolve_kv_dtype
 from ch15_helpers.kv.cache import num_blocks_for_memory
+from ch15_helpers.kv.policies import RecomputeCost
 from ch15_helpers.model.config import ModelConfig
 from ch15_helpers.serving.config import EngineConfig
 
@@ -33,11 +34,26 @@ def pool_size(
     else:
         budget = int(_CPU_FRACTION * _available_bytes())
     fits = num_blocks_for_memory(budget, model, config.block_size, kv_dtype)
+    if config.enable_prefix_caching and device.type == "cuda":
+        return fits  # a cache makes use of everything
     model_len = model.max_position_embeddings
     if config.max_model_len is not None:
         model_len = min(model_len, config.max_model_len)
     useful = config.max_num_seqs * -(-model_len // config.block_size)
     return min(fits, useful)
+
+
+def recompute_cost_of(model: ModelConfig) -> RecomputeCost:
+    """What it costs to compute KV again, in seconds at a nominal TFLOP/s: only ratios matter.
+
+    Two operations for each weight that a token visits, and four (two products) for each query
+    head's channel and each pair of a query and a key.
+    """
+    heads = model.num_attention_heads * model.head_dim
+    return RecomputeCost(
+        token_s=2 * model.num_parameters(active_only=True) / 1e12,
+        pair_s=4 * model.num_hidden_layers * heads / 1e12,
+    )
 
 
 def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:

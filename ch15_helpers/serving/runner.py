@@ -14,6 +14,7 @@ from ch15_helpers.kv.cache import PagedKVCache, swap_blocks
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.batch_builder import BatchBuilder, Uploader
 from ch15_helpers.serving.graphs import DecodeGraphs
+from ch15_helpers.serving.offload import Offload
 from ch15_helpers.serving.sampling import sample
 from ch15_helpers.serving.step import Step
 
@@ -22,7 +23,8 @@ class ModelRunner:
     """Owns the device side of a step; the scheduler's decisions are only carried out here.
 
     ``_execute`` (token ids, positions, metadata in; float32 logits out) is the seam for running
-    the same step another way. Attributes: ``graphs``, captured decode steps, or None.
+    the same step another way. Attributes: ``graphs``, captured decode steps, or None;
+    ``offload``, the tiers below the device pool, or None.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class ModelRunner:
         self.cache = cache
         self.host_cache = host_cache
         self.attention_backend = attention_backend
+        self.offload: Offload | None = None
         self._blocks = blocks
         self._builder = BatchBuilder(cache.block_size)
         self._uploader = Uploader(cache.device)
@@ -102,11 +105,14 @@ class ModelRunner:
         )
 
     def _move_blocks(self, step: Step) -> None:
-        # In this order: what is swapped out or copied may be overwritten by what follows.
-        if self.host_cache is not None:
-            if step.swap_out:
-                swap_blocks(self.cache, self.host_cache, step.swap_out)
-            if step.swap_in:
-                swap_blocks(self.host_cache, self.cache, step.swap_in)
+        # In this order: what is read may be overwritten by what follows.
+        if step.swap_out and self.host_cache is not None:
+            swap_blocks(self.cache, self.host_cache, step.swap_out)
+        if step.demotions and self.offload is not None:
+            self.offload.demote(step.demotions)
         if step.copies:
             self.cache.copy_blocks(step.copies)
+        if step.swap_in and self.host_cache is not None:
+            swap_blocks(self.host_cache, self.cache, step.swap_in)
+        if step.promotions and self.offload is not None:
+            self.offload.promote(step.promotions)

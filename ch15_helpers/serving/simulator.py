@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import cast
 
 from ch15_helpers.serving.config import SchedulerConfig
+from ch15_helpers.serving.content import NamedText
 from ch15_helpers.serving.request import Request, RequestOutput
 from ch15_helpers.serving.runs import ModelledRun, StepTotals, duration_from
 from ch15_helpers.serving.scheduler import Scheduler
@@ -227,10 +228,11 @@ def simulate(
 
 
 def request_of(request: WorkloadRequest, index: int) -> Request:
-    """A Request without content: the scheduler asks a prompt only for its length."""
+    """A Request without tokens; its prompt is named text, which a prefix cache can compare."""
+    segments = request.segments or ((-1 - index, request.num_prompt_tokens),)
     return Request(
         request_id=f"request-{index}",
-        prompt_token_ids=cast("list[int]", range(request.num_prompt_tokens)),
+        prompt_token_ids=cast("list[int]", NamedText(segments)),
         params=request.params,
         arrival_s=request.arrival_s,
         priority=request.priority,
