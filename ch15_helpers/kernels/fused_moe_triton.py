@@ -15,7 +15,9 @@ Bytes: each expert in use once, ``3 * hidden * inner`` elements. Operations:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import triton
@@ -23,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ch15_helpers.kernels.moe_permute import sort_by_expert
+from ch15_helpers.kernels.moe_permute import ExpertOrder, sort_by_expert
 from ch15_helpers.kernels.moe_permute_triton import combine_triton, gather_rows_triton
 
 _VARYING = ("num_pairs", "stride_x")
@@ -160,7 +162,7 @@ def choose_plan(
     return MoEPlan("tile", block_m=block_m)
 
 
-def _run_vector(x, gate_up, down, weights, experts, plan):
+def _run_vector(x, gate_up, down, weights, experts, plan) -> Tensor:
     (num_tokens, hidden), (num_experts, _, inner) = x.shape, down.shape
     top_k = experts.shape[1]
     h = x.new_empty((num_tokens * top_k, inner))
@@ -177,32 +179,31 @@ def _run_vector(x, gate_up, down, weights, experts, plan):
     return out
 
 
-def _run_tile(x, gate_up, down, weights, experts, plan):
-    hidden, (num_experts, _, inner) = x.shape[1], down.shape
-    num_pairs, top_k = experts.numel(), experts.shape[1]
+def _multiply_tiles(a, weight, out, order: ExpertOrder, top_k, first, plan):
+    """One of the two products: ``first`` reads tokens' rows, the second sorted ones."""
+    depth, columns = weight.shape[2], out.shape[1]
+    block_n = plan.block_n if first else 2 * plan.block_n
+    w_desc = TensorDescriptor.from_tensor(weight.view(-1, depth), [block_n, plan.block_k])
+    _tile_kernel[(triton.cdiv(columns, block_n), order.tiles.shape[0])](
+        a, w_desc, out, order.rows, order.tiles, order.num_tiles, order.positions.shape[0],
+        a.stride(0), depth, columns, FIRST=first, TOP_K=top_k, BLOCK_M=plan.block_m,
+        BLOCK_N=block_n, BLOCK_K=plan.block_k,
+        PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+
+
+def _run_tile(x, gate_up, down, weights, experts, plan) -> Tensor:
+    num_experts, hidden, inner = down.shape
+    top_k = experts.shape[1]
     order = sort_by_expert(experts, num_experts, plan.block_m, plan.block_m)
     h, y = x.new_empty((order.capacity, inner)), x.new_empty((order.capacity, hidden))
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
-
-    def multiply(a, weight, out, first):
-        depth, columns = weight.shape[2], out.shape[1]
-        block_n = plan.block_n if first else 2 * plan.block_n
-        w_desc = TensorDescriptor.from_tensor(
-            weight.view(-1, depth), [block_n, plan.block_k]
-        )
-        _tile_kernel[(triton.cdiv(columns, block_n), order.tiles.shape[0])](
-            a, w_desc, out, order.rows, order.tiles, order.num_tiles, num_pairs, a.stride(0),
-            depth, columns, FIRST=first, TOP_K=top_k, BLOCK_M=plan.block_m, BLOCK_N=block_n,
-            BLOCK_K=plan.block_k, PRECISION=precision, num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-        )  # fmt: skip
-
-    multiply(x, gate_up, h, True)
-    multiply(h, down, y, False)
+    _multiply_tiles(x, gate_up, h, order, top_k, True, plan)
+    _multiply_tiles(h, down, y, order, top_k, False, plan)
     return combine_triton(y, order.positions, weights)
 
 
-def _run_wide(x, gate_up, down, weights, experts, plan):
+def _run_wide(x, gate_up, down, weights, experts, plan) -> Tensor:
     from ch15_helpers.kernels.fused_moe_triton_hopper import HALF, TILE, grouped_gemm_hopper
 
     order = sort_by_expert(experts, down.shape[0], HALF, TILE)
@@ -213,6 +214,9 @@ def _run_wide(x, gate_up, down, weights, experts, plan):
             rows, weight, order.tiles, order.num_tiles, swiglu=swiglu, processors=processors
         )
     return combine_triton(rows, order.positions, weights)
+
+
+_WAYS = MappingProxyType({"vector": _run_vector, "tile": _run_tile, "wide": _run_wide})
 
 
 def fused_moe_triton(
@@ -228,5 +232,5 @@ def fused_moe_triton(
         plan = choose_plan(
             x.shape[0], experts.shape[1], down.shape[0], x.dtype, _has_wgmma(x.device)
         )
-    run = {"vector": _run_vector, "tile": _run_tile, "wide": _run_wide}[plan.kind]
+    run: Callable[..., Tensor] = _WAYS[plan.kind]
     return run(x, gate_up, down, weights.contiguous(), experts.contiguous(), plan)

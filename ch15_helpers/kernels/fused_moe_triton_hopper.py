@@ -1,4 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: RUF005 - Gluon's lists know `+`, not unpacking.
 """Grouped matrix product for many rows per expert, on Hopper's tensor cores.
 
 Plain Triton waits for a tile's epilogue before it loads the next tile. Here three groups of warps
@@ -47,8 +48,8 @@ def _locate(item, num_tiles, num_blocks, tiles_ptr, GROUP: gl.constexpr):
 @gluon.jit
 def _copy_warp(descs, buffers, bars, tiles_ptr, num_tiles, num_blocks, steps,
                GROUP: gl.constexpr, BLOCK_K: gl.constexpr):  # fmt: skip
-    a_desc, w_desc, out_desc = descs
-    a_bufs, w_bufs, out_bufs = buffers
+    a_desc, w_desc, _ = descs
+    a_bufs, w_bufs, _ = buffers
     empty, ready = bars
     STAGES: gl.constexpr = w_bufs.type.shape[0]
     ROWS: gl.constexpr = a_desc.block_type.shape[0]
@@ -62,9 +63,7 @@ def _copy_warp(descs, buffers, bars, tiles_ptr, num_tiles, num_blocks, steps,
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
             bar = ready.index(stage)
             mbarrier.expect(bar, w_desc.block_type.nbytes + a_desc.block_type.nbytes, pred=not both)
-            mbarrier.expect(
-                bar, w_desc.block_type.nbytes + 2 * a_desc.block_type.nbytes, pred=both
-            )
+            mbarrier.expect(bar, w_desc.block_type.nbytes + 2 * a_desc.block_type.nbytes, pred=both)
             k = step * BLOCK_K
             tma.async_copy_global_to_shared(
                 w_desc, [expert, 0, block * COLUMNS, k], bar, w_bufs.index(stage)
@@ -86,9 +85,9 @@ def _write(out_desc, out_buf, value, row, column):
 
 
 @gluon.jit
-def _multiply_warps(descs, buffers, bars, tiles_ptr, num_tiles, num_blocks, steps, WHICH: gl.constexpr,
-                    SWIGLU: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr,
-                    W_LAYOUT: gl.constexpr):  # fmt: skip
+def _multiply_warps(descs, buffers, bars, tiles_ptr, num_tiles, num_blocks, steps,
+                    WHICH: gl.constexpr, SWIGLU: gl.constexpr, GROUP: gl.constexpr,
+                    LAYOUT: gl.constexpr, W_LAYOUT: gl.constexpr):  # fmt: skip
     a_desc, w_desc, out_desc = descs
     a_bufs, w_bufs, out_bufs = buffers
     empty, ready = bars
@@ -100,7 +99,7 @@ def _multiply_warps(descs, buffers, bars, tiles_ptr, num_tiles, num_blocks, step
     out_buf = out_bufs.index(WHICH)
     count = 0
     for item in range(gl.program_id(0), num_tiles * num_blocks, gl.num_programs(0)):
-        expert, row, valid, block = _locate(item, num_tiles, num_blocks, tiles_ptr, GROUP)
+        _, row, valid, block = _locate(item, num_tiles, num_blocks, tiles_ptr, GROUP)
         if valid > WHICH * ROWS:
             acc = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
             for step in range(steps):
@@ -125,7 +124,7 @@ def _multiply_warps(descs, buffers, bars, tiles_ptr, num_tiles, num_blocks, step
                 _write(out_desc, out_buf, low.to(out_desc.dtype), row, block * BLOCK_N)
                 _write(out_desc, out_buf, high.to(out_desc.dtype), row, block * BLOCK_N + OUT_N)
         else:
-            for step in range(steps):
+            for _ in range(steps):
                 stage = count % STAGES
                 mbarrier.wait(ready.index(stage), count // STAGES & 1)
                 mbarrier.arrive(empty.index(stage))
@@ -139,20 +138,16 @@ def _grouped_gemm_kernel(
     SWIGLU: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     MULTIPLY_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    ROWS: gl.constexpr = a_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = a_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[1] * w_desc.block_type.shape[2]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     W_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_K], a_desc.dtype)
-    a_bufs = gl.allocate_shared_memory(
-        a_desc.dtype, [2 * STAGES] + a_desc.block_type.shape, a_desc.layout
-    )
-    w_bufs = gl.allocate_shared_memory(
-        w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout
-    )
-    out_bufs = gl.allocate_shared_memory(
-        out_desc.dtype, [2] + out_desc.block_type.shape, out_desc.layout
-    )
+    A_SHAPE: gl.constexpr = a_desc.block_type.shape
+    W_SHAPE: gl.constexpr = w_desc.block_type.shape
+    OUT_SHAPE: gl.constexpr = out_desc.block_type.shape
+    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [2 * STAGES] + A_SHAPE, a_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + W_SHAPE, w_desc.layout)
+    out_bufs = gl.allocate_shared_memory(out_desc.dtype, [2] + OUT_SHAPE, out_desc.layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

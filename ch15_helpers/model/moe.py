@@ -1,4 +1,4 @@
-"""The mixture-of-experts block in its straightforward form: a loop over experts.
+"""The mixture-of-experts block: a router, and the experts that it sends each token to.
 
 Routing is Mixtral's (Jiang et al., 2024): softmax over all experts, the top k of them, and their
 weights normalised to sum to one unless the configuration says otherwise (Qwen3-MoE may).
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ch15_helpers.kernels.fused_moe import can_fuse, fused_moe
 from ch15_helpers.kernels.linear import linear
-from ch15_helpers.kernels.swiglu import swiglu
 from ch15_helpers.model.config import ModelConfig
 
 
@@ -49,23 +49,15 @@ class MoEBlock:
         return weights, experts
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[N, hidden] to [N, hidden]. Which experts run depends on the data: one host sync."""
+        """[N, hidden] to [N, hidden]."""
         weights, experts = self.route(x)
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.config.num_experts).tolist()
-        out = torch.zeros_like(x, dtype=torch.float32)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count == 0:
-                continue
-            pairs = order[start : start + count]
-            start += count
-            tokens = pairs // self.config.num_experts_per_tok
-            inner = swiglu(linear(x[tokens], self.gate_up_proj[expert]))
-            result = linear(inner, self.down_proj[expert]).float()
-            out.index_add_(0, tokens, result * weights.flatten()[pairs, None])
-        return out.to(x.dtype)
+        return fused_moe(x, self.gate_up_proj, self.down_proj, weights, experts)
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether the block runs without a word from the host: see :func:`can_fuse`."""
+        weight = self.down_proj
+        return can_fuse(weight.device, weight.dtype, *weight.shape[1:])
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names below ``model.layers.i.`` and the views that hold them."""

@@ -38,7 +38,10 @@ class DenseMLP:
     Attributes:
         gate_up_proj: [2 * intermediate, hidden], gate rows first.
         down_proj: [hidden, intermediate].
+        can_capture: nothing in it waits for the host, so that a CUDA graph may hold it.
     """
+
+    can_capture = True
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         new = partial(torch.empty, device=device, dtype=dtype)

@@ -41,12 +41,12 @@ def ladder(max_num_seqs: int) -> list[int]:
 def can_capture(model: Transformer, attention_backend: str) -> bool:
     """Whether a decode step of this model can be captured.
 
-    The looped MoE block asks the host which experts to run, and only the Triton attention reads
-    its lengths on the device.
+    Without its Triton kernels a mixture of experts asks the host which experts to run, and only
+    the Triton attention reads its lengths on the device.
     """
     return (
         model.device.type == "cuda"
-        and not model.config.is_moe
+        and all(layer.mlp.can_capture for layer in model.layers)
         and attention_backend in ("auto", "triton")
     )
 

@@ -1,0 +1,128 @@
+"""All experts of a mixture-of-experts block at once: permute, two grouped products, combine.
+
+On CUDA with Triton nothing here asks the host which experts run, so that a decode step can be
+captured (see ``fused_moe_triton`` for the kernels and their limits). Elsewhere the same steps are
+made of torch operations, in one of three ways, by size: the loop over experts that everybody
+writes first spends ten small operations on each of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, grouped_mm, silu
+
+from ch15_helpers.kernels.dispatch import triton_installed, use_triton
+from ch15_helpers.kernels.swiglu import swiglu
+
+_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Below this many bytes of weights, copying one expert's weights for each pair and a single batched
+# product cost less than sorting. Measured on one AVX-512 thread, 8 experts of 64 x 48, top 2 (µs,
+# loop, copies, grouped): 1 token 53, 20, 51; 8 tokens 183, 44, 60. 32 experts of 128 x 64, top 4:
+# 1 token 102, 31, 98; 4 tokens 305, 153, 135.
+_COPY_BYTES = 512 * 1024
+# Above this many bytes between the two products, one expert at a time stays in the cache. First
+# shapes as above: 256 tokens 330 (loop), 167 (grouped), 202 (each); 1024 tokens 728, 1142, 563.
+_CACHED_BYTES = 512 * 1024
+
+
+def can_fuse(device: torch.device, dtype: torch.dtype, hidden: int, inner: int) -> bool:
+    """Whether the Triton kernels take such experts: nothing then waits for the host.
+
+    Bulk copies need rows of whole 16 bytes.
+    """
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in (hidden, inner))
+    return device.type == "cuda" and triton_installed() and dtype in _FUSED_DTYPES and aligned
+
+
+def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Each token through its experts: ``sum_j weights[t, j] * expert_j(x[t])``.
+
+    An expert is ``down @ (silu(gate @ x) * (up @ x))``.
+
+    Args:
+        x: [num_tokens, hidden].
+        gate_up: [num_experts, 2 * inner, hidden], gate rows first, contiguous.
+        down: [num_experts, hidden, inner], contiguous.
+        weights: float32 [num_tokens, top_k].
+        experts: int64 or int32 [num_tokens, top_k]. An id outside ``0..num_experts-1`` belongs
+            to another rank and adds nothing.
+
+    Returns:
+        [num_tokens, hidden] in ``x``'s type. Sums run in order of choice, so equal inputs give
+        equal bits, and a NaN in one token stays in that token.
+    """
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    hidden, inner = down.shape[1:]
+    if use_triton(x, gate_up, down) and can_fuse(x.device, x.dtype, hidden, inner):
+        from ch15_helpers.kernels.fused_moe_triton import fused_moe_triton
+
+        return fused_moe_triton(x, gate_up, down, weights, experts)
+    return fused_moe_torch(x, gate_up, down, weights, experts)
+
+
+def fused_moe_torch(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor
+) -> Tensor:
+    """:func:`fused_moe` in torch operations: the CPU's path, and the portable reference."""
+    num_experts, inner = down.shape[0], down.shape[2]
+    flat = experts.flatten()
+    lowest, highest = (int(bound) for bound in flat.aminmax())
+    ours = lowest >= 0 and highest < num_experts
+    expert_bytes = gate_up[0].nbytes + down[0].nbytes
+    if ours and flat.numel() * expert_bytes <= _COPY_BYTES:
+        return _copied_experts(x, gate_up, down, weights, flat)
+    if not ours:
+        flat = torch.where((flat < 0) | (flat >= num_experts), num_experts, flat)
+    order = flat.argsort(stable=True)
+    positions = torch.empty_like(order)
+    positions[order] = torch.arange(order.numel(), device=order.device)
+    rows = x.index_select(0, order.div(experts.shape[1], rounding_mode="floor"))
+    counts = torch.bincount(flat, minlength=num_experts)[:num_experts]
+    small = flat.numel() * 2 * inner * x.element_size() <= _CACHED_BYTES
+    if ours and small and x.device.type == "cpu" and _can_group(gate_up, down):
+        offsets = counts.cumsum(0).int()
+        inner_rows = swiglu(grouped_mm(rows, gate_up.transpose(1, 2), offs=offsets))
+        y = grouped_mm(inner_rows, down.transpose(1, 2), offs=offsets)
+    else:
+        y = _each_expert(rows, gate_up, down, counts.tolist())
+    return _combine(y, positions.view(experts.shape), weights)
+
+
+def _can_group(*weights: Tensor) -> bool:
+    """Whether ``grouped_mm`` takes these weights: it wants rows of whole 16 bytes."""
+    known = weights[0].dtype in (torch.float32, torch.bfloat16)
+    return known and all(w.shape[2] * w.element_size() % 16 == 0 for w in weights)
+
+
+def _copied_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, flat: Tensor
+) -> Tensor:
+    num_tokens, top_k = weights.shape
+    rows = x[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, 1, -1)
+    inner = swiglu(torch.bmm(rows, gate_up.index_select(0, flat).transpose(1, 2)))
+    y = torch.bmm(inner, down.index_select(0, flat).transpose(1, 2))
+    return (weights[:, :, None] * y.view(num_tokens, top_k, -1)).sum(1).to(x.dtype)
+
+
+def _each_expert(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+    y = rows.new_empty(rows.shape[0], down.shape[1])
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        mine = slice(start, start + count)
+        gate, up = torch.mm(rows[mine], gate_up[expert].t()).chunk(2, dim=-1)
+        inner = silu(gate, inplace=True).mul_(up)
+        torch.mm(inner, down[expert].t(), out=y[mine])
+        start += count
+    y[start:].zero_()  # pairs of other ranks' experts
+    return y
+
+
+def _combine(y: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
+    if y.dtype == torch.float32 and y.device.type == "cpu":
+        return embedding_bag(positions, y, mode="sum", per_sample_weights=weights)
+    chosen = y.index_select(0, positions.flatten()).view(*positions.shape, -1)
+    return (weights[:, :, None] * chosen).sum(1).to(y.dtype)
