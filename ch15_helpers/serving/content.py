@@ -28,6 +28,12 @@ class NamedText(Sequence[int]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NamedText) and self.segments == other.segments
+
+    def __hash__(self) -> int:
+        return hash(self.segments)
+
     @overload
     def __getitem__(self, index: int) -> int: ...
     @overload

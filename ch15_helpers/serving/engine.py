@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
 from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.kv.cache import PagedKVCache
 from ch15_helpers.kv.quantised import make_kv_cache
-from ch15_helpers.kv.tier_config import TierConfig
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.graphs import DecodeGraphs, can_capture
@@ -23,6 +23,9 @@ from ch15_helpers.serving.runner import ModelRunner
 from ch15_helpers.serving.sampling import derive_seed
 from ch15_helpers.serving.scheduler import Scheduler
 from ch15_helpers.serving.step import Step
+
+if TYPE_CHECKING:
+    from ch15_helpers.kv.tiers import TierConfig
 
 
 @dataclass(frozen=True, slots=True)
