@@ -62,3 +62,7 @@ class ReplicaError(Ch15Error):
 
 class TierError(Ch15Error):
     """A KV tier cannot be built as asked; once it runs, its failures are misses, not errors."""
+
+
+class TransportError(Ch15Error):
+    """A KV transport is set up or used wrongly, or its connection is gone; says which and why."""
