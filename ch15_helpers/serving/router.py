@@ -42,16 +42,23 @@ class Router:
         policy: who decides.
         loads: outstanding tokens and who is alive, as the router sees it.
         num_completed, num_late: answers that counted, and answers to closed attempts.
+        num_attempts: number of the next attempt; a router that follows this one starts there.
     """
 
     def __init__(
-        self, num_replicas: int, policy: str | RoutingPolicy = "round_robin", *, seed: int = 0
+        self,
+        num_replicas: int,
+        policy: str | RoutingPolicy = "round_robin",
+        *,
+        seed: int = 0,
+        first_attempt_id: int = 0,
     ) -> None:
         """Start with nothing placed.
 
         Args:
             policy: a name of ROUTING_POLICIES, or a policy.
             seed: of the random choices of ``power_of_two``.
+            first_attempt_id: number of the first attempt; see ``num_attempts``.
 
         Raises:
             ValueError: no replicas, or a policy that does not exist.
@@ -63,7 +70,7 @@ class Router:
         self.num_completed = self.num_late = 0
         self._open: dict[int, Attempt] = {}
         self._of_replica: list[dict[int, Attempt]] = [{} for _ in range(num_replicas)]
-        self._num_attempts = 0
+        self.num_attempts = first_attempt_id
 
     @property
     def num_replicas(self) -> int:
@@ -88,8 +95,8 @@ class Router:
             )
         replica, matched = self.policy.choose(request, self.loads)
         cost = request.num_prompt_tokens - matched + request.num_output_tokens
-        attempt = Attempt(self._num_attempts, request, replica, cost, matched)
-        self._num_attempts += 1
+        attempt = Attempt(self.num_attempts, request, replica, cost, matched)
+        self.num_attempts += 1
         self._open[attempt.attempt_id] = self._of_replica[replica][attempt.attempt_id] = attempt
         self.loads.add(replica, cost)
         self.policy.sent(request, replica)
