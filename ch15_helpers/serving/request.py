@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.serving.content import NamedText
@@ -191,8 +192,9 @@ class Request:
 
     def content(self, start: int, stop: int) -> tuple[Any, ...]:
         """What tokens ``start .. stop - 1`` say; equal tuples are equal text."""
-        if isinstance(self.prompt_token_ids, NamedText):
-            return self.prompt_token_ids.content(start, stop)
+        prompt = cast("Sequence[int]", self.prompt_token_ids)
+        if isinstance(prompt, NamedText):
+            return prompt.content(start, stop)
         return tuple(self.tokens(start, stop))
 
     def take_over(self, parent: Request) -> None:
