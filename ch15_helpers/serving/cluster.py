@@ -233,6 +233,6 @@ def _served(request: Request, replica: int) -> Served:
         e2e_s=times_s[-1] - arrival_s if count else math.nan,
         max_itl_s=max(gaps_s, default=0.0),
         num_prompt_tokens=request.num_prompt_tokens,
-        num_cached_tokens=getattr(request, "num_cached_tokens", 0),
+        num_cached_tokens=request.num_cached_tokens,
         num_output_tokens=len(request.output_token_ids),
     )

@@ -100,7 +100,7 @@ class ReplicaServer:
             "token_ids": output.token_ids,
             "finish_reason": output.finish_reason,
             "error": output.error,
-            "cached": getattr(output.metrics, "num_cached_tokens", 0),
+            "cached": output.metrics.num_cached_tokens,
         } | self._totals()
 
     def _totals(self) -> dict[str, Any]:

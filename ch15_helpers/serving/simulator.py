@@ -127,7 +127,7 @@ class Simulator:
         if not scheduler.has_work:
             return math.inf
         requests = itertools.chain(scheduler.running, scheduler.waiting)
-        steps = min(r.max_output_tokens - len(r.output_token_ids) for r in requests)
+        steps = min((r.max_output_tokens - len(r.output_token_ids) for r in requests), default=1)
         under_way = self._step is not None
         begin_s = self._end_s if under_way else self.now_s
         # Rounding of many additions must not make the bound too late.
