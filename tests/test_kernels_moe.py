@@ -115,7 +115,7 @@ def test_the_order_holds_every_pair_once_and_tiles_cover_them(align, tile, seed)
         ids.fill_(4)  # all tokens on one expert
     order = sort_by_expert(ids, experts, align, tile)
     flat = ids.flatten()
-    num_tiles = int(order.num_tiles)
+    num_tiles = int(order.counters[0])
     assert num_tiles <= order.tiles.shape[0] == max_tiles(flat.numel(), experts, tile)
     seen = []
     for expert, first, count, _ in order.tiles[:num_tiles].tolist():

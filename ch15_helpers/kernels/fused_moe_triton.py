@@ -83,13 +83,13 @@ def _vector_down_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _tile_kernel(
-    a_ptr, w_desc, out_ptr, rows_ptr, tiles_ptr, num_tiles_ptr, num_pairs, stride_a, depth, columns,
+    a_ptr, w_desc, out_ptr, rows_ptr, tiles_ptr, counters_ptr, num_pairs, stride_a, depth, columns,
     FIRST: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``FIRST``: tokens' rows to silu(gate) * up. Else: sorted rows to the down projection."""
     tile = tl.program_id(1)
-    if tile >= tl.load(num_tiles_ptr):
+    if tile >= tl.load(counters_ptr):
         return
     expert = tl.load(tiles_ptr + tile * 4)
     row = tl.load(tiles_ptr + tile * 4 + 1) + tl.arange(0, BLOCK_M)
@@ -127,6 +127,7 @@ class MoEPlan:
     block_k: int = 128
     num_stages: int = 3
     num_warps: int = 4
+    splits: int = 1
 
 
 @functools.cache
@@ -151,7 +152,7 @@ def choose_plan(
     """
     num_pairs = num_tokens * top_k
     if num_tokens == 1 or 4 * num_pairs <= num_experts:
-        return MoEPlan("vector")
+        return MoEPlan("vector", block_n=4, block_k=1024)
     rows = num_pairs / num_experts
     if dtype == torch.float32:
         return MoEPlan("tile", block_m=16 if rows < 16 else 32, block_k=32)
@@ -167,14 +168,14 @@ def _run_vector(x, gate_up, down, weights, experts, plan) -> Tensor:
     top_k = experts.shape[1]
     h = x.new_empty((num_tokens * top_k, inner))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows, block_k = 4, 1024
+    rows, block_k, warps = plan.block_n, plan.block_k, plan.num_warps
     _vector_gate_up_kernel[(triton.cdiv(inner, rows), num_tokens * top_k)](
         x, gate_up, h, experts, x.stride(0), hidden, inner,
-        num_experts, top_k, rows, min(block_k, triton.next_power_of_2(hidden)),
+        num_experts, top_k, rows, min(block_k, triton.next_power_of_2(hidden)), num_warps=warps,
     )  # fmt: skip
     _vector_down_kernel[(triton.cdiv(hidden, rows), num_tokens)](
         h, down, out, experts, weights, hidden, inner,
-        num_experts, top_k, rows, min(block_k, triton.next_power_of_2(inner)),
+        num_experts, top_k, rows, min(block_k, triton.next_power_of_2(inner)), num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -185,7 +186,7 @@ def _multiply_tiles(a, weight, out, order: ExpertOrder, top_k, first, plan):
     block_n = plan.block_n if first else 2 * plan.block_n
     w_desc = TensorDescriptor.from_tensor(weight.view(-1, depth), [block_n, plan.block_k])
     _tile_kernel[(triton.cdiv(columns, block_n), order.tiles.shape[0])](
-        a, w_desc, out, order.rows, order.tiles, order.num_tiles, order.positions.shape[0],
+        a, w_desc, out, order.rows, order.tiles, order.counters, order.positions.shape[0],
         a.stride(0), depth, columns, FIRST=first, TOP_K=top_k, BLOCK_M=plan.block_m,
         BLOCK_N=block_n, BLOCK_K=plan.block_k,
         PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
@@ -200,7 +201,7 @@ def _run_tile(x, gate_up, down, weights, experts, plan) -> Tensor:
     h, y = x.new_empty((order.capacity, inner)), x.new_empty((order.capacity, hidden))
     _multiply_tiles(x, gate_up, h, order, top_k, True, plan)
     _multiply_tiles(h, down, y, order, top_k, False, plan)
-    return combine_triton(y, order.positions, weights)
+    return combine_triton(y[None], order.positions, weights)
 
 
 def _run_wide(x, gate_up, down, weights, experts, plan) -> Tensor:
@@ -209,11 +210,11 @@ def _run_wide(x, gate_up, down, weights, experts, plan) -> Tensor:
     order = sort_by_expert(experts, down.shape[0], HALF, TILE)
     rows = gather_rows_triton(x, order.positions, order.capacity, experts.shape[1])
     processors = _processors(x.device)
-    for weight, swiglu in ((gate_up, True), (down, False)):
-        rows = grouped_gemm_hopper(
-            rows, weight, order.tiles, order.num_tiles, swiglu=swiglu, processors=processors
-        )
-    return combine_triton(rows, order.positions, weights)
+    h = grouped_gemm_hopper(rows, gate_up, order, swiglu=True, processors=processors)
+    y = grouped_gemm_hopper(
+        h[0], down, order, swiglu=False, processors=processors, splits=plan.splits
+    )
+    return combine_triton(y, order.positions, weights)
 
 
 _WAYS = MappingProxyType({"vector": _run_vector, "tile": _run_tile, "wide": _run_wide})

@@ -24,13 +24,14 @@ class ExpertOrder:
         rows: int32 [capacity], pair of each row; ``num_pairs`` in padding, undefined past the end.
         positions: int32 [num_pairs], row of each pair; -1 where its expert is not one of ours.
         tiles: int32 [max_tiles, 4]: expert, first row, rows that are not padding, unused.
-        num_tiles: int32 [1], how many of ``tiles`` are defined.
+        counters: int32 [3]: how many of ``tiles`` are defined; then, for each of the two products,
+            how many work items its programs have claimed, 0 at first.
     """
 
     rows: Tensor
     positions: Tensor
     tiles: Tensor
-    num_tiles: Tensor
+    counters: Tensor
 
     @property
     def capacity(self) -> int:
@@ -93,4 +94,6 @@ def _sort_reference(
     tiles[:, 0] = expert
     tiles[:, 1] = starts[expert] + offset
     tiles[:, 2] = (counts[expert] - offset).clamp(0, tile)
-    return ExpertOrder(rows[:capacity], positions.int(), tiles, ends[-1:].int())
+    counters = torch.zeros(3, dtype=torch.int32, device=device)
+    counters[0] = ends[-1]
+    return ExpertOrder(rows[:capacity], positions.int(), tiles, counters)

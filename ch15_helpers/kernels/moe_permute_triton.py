@@ -42,7 +42,7 @@ def _count_kernel(ids_ptr, counts_ptr, num_pairs, chunk,
 
 @triton.jit(do_not_specialize=_VARYING)
 def _place_kernel(
-    ids_ptr, counts_ptr, rows_ptr, positions_ptr, tiles_ptr, num_tiles_ptr, num_pairs, chunk,
+    ids_ptr, counts_ptr, rows_ptr, positions_ptr, tiles_ptr, counters_ptr, num_pairs, chunk,
     E: tl.constexpr, E_PAD: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PAD: tl.constexpr,
     ALIGN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,9 @@ def _place_kernel(
     tiles = tl.cdiv(counts, TILE)
     first_tile = tl.cumsum(tiles, 0) - tiles
     if me == 0:
-        tl.store(num_tiles_ptr, tl.sum(tiles))
+        tl.store(counters_ptr, tl.sum(tiles))
+        tl.store(counters_ptr + 1, 0)
+        tl.store(counters_ptr + 2, 0)
         for i in range(ALIGN - 1):
             slot = starts + counts + i
             tl.store(rows_ptr + slot, num_pairs, mask=slot < starts + padded)
@@ -103,8 +105,8 @@ def _gather_kernel(x_ptr, out_ptr, positions_ptr, stride_x, hidden,
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _combine_kernel(y_ptr, out_ptr, positions_ptr, weights_ptr, hidden,
-                    TOP_K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _combine_kernel(y_ptr, out_ptr, positions_ptr, weights_ptr, hidden, stride_split,
+                    SPLITS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < hidden
@@ -112,19 +114,22 @@ def _combine_kernel(y_ptr, out_ptr, positions_ptr, weights_ptr, hidden,
     for j in tl.static_range(TOP_K):
         row = tl.load(positions_ptr + token * TOP_K + j).to(tl.int64)
         weight = tl.load(weights_ptr + token * TOP_K + j).to(tl.float32)
-        y = tl.load(y_ptr + row * hidden + column, mask=mask & (row >= 0), other=0.0)
-        total += tl.where(row >= 0, weight, 0.0) * y.to(tl.float32)
+        y = tl.zeros([BLOCK], tl.float32)
+        for split in tl.static_range(SPLITS):
+            part = y_ptr + split * stride_split + row * hidden + column
+            y += tl.load(part, mask=mask & (row >= 0), other=0.0).to(tl.float32)
+        total += tl.where(row >= 0, weight, 0.0) * y
     tl.store(out_ptr + token * hidden + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def sort_by_expert_triton(
     experts: Tensor, num_experts: int, align: int, tile: int, capacity: int, max_tiles: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`ch15_helpers.kernels.moe_permute.sort_by_expert`: (rows, positions, tiles, n)."""
+    """See :func:`ch15_helpers.kernels.moe_permute.sort_by_expert`: its fields."""
     num_pairs = experts.numel()
     new = experts.new_empty
     rows, positions = new(capacity, dtype=torch.int32), new(num_pairs, dtype=torch.int32)
-    tiles, num_tiles = new((max_tiles, 4), dtype=torch.int32), new(1, dtype=torch.int32)
+    tiles, counters = new((max_tiles, 4), dtype=torch.int32), new(3, dtype=torch.int32)
     # One program ranks 16 blocks in the time that a second launch and its table would take.
     chunks = 1 if num_pairs <= 16 * _BLOCK else min(_MAX_CHUNKS, num_pairs // (4 * _BLOCK))
     chunk = triton.cdiv(triton.cdiv(num_pairs, chunks), _BLOCK) * _BLOCK
@@ -135,10 +140,10 @@ def sort_by_expert_triton(
     if chunks > 1:
         _count_kernel[(chunks,)](experts, counts, num_pairs, chunk, **shape)
     _place_kernel[(chunks,)](
-        experts, counts, rows, positions, tiles, num_tiles, num_pairs, chunk, CHUNKS=chunks,
+        experts, counts, rows, positions, tiles, counters, num_pairs, chunk, CHUNKS=chunks,
         CHUNKS_PAD=triton.next_power_of_2(chunks), ALIGN=align, TILE=tile, **shape,
     )  # fmt: skip
-    return rows, positions, tiles, num_tiles
+    return rows, positions, tiles, counters
 
 
 def gather_rows_triton(x: Tensor, positions: Tensor, capacity: int, top_k: int) -> Tensor:
@@ -157,13 +162,13 @@ def combine_triton(y: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
     """Sums each token's rows of ``y`` by their weights, in order of choice: [num_tokens, hidden].
 
     Args:
-        y: [capacity, hidden], rows sorted by expert.
+        y: [splits, capacity, hidden], rows sorted by expert; splits are added up first.
         positions: int32 [num_tokens * top_k], row of each pair, -1 where there is none.
         weights: float32 [num_tokens, top_k].
     """
-    (num_tokens, top_k), hidden = weights.shape, y.shape[1]
+    (num_tokens, top_k), (splits, _, hidden) = weights.shape, y.shape
     out = y.new_empty((num_tokens, hidden))
     block = min(1024, triton.next_power_of_2(hidden))
     grid = (num_tokens, triton.cdiv(hidden, block))
-    _combine_kernel[grid](y, out, positions, weights, hidden, top_k, block)
+    _combine_kernel[grid](y, out, positions, weights, hidden, y.stride(0), splits, top_k, block)
     return out
