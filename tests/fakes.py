@@ -8,13 +8,15 @@ any model: ``expected_tokens``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kv.cache import PagedKVCache
+from ch15_helpers.kv.keys import BlockKey
 from ch15_helpers.model.config import ModelConfig
 
 VOCAB = 97
@@ -102,3 +104,83 @@ class HashModel:
             if answers[index] == self.nan_for:
                 logits[row, 5] = torch.nan
         return logits
+
+
+class FakeTransfer:
+    """A promotion that ends after some polls, or when somebody waits for it.
+
+    Until then its blocks hold garbage, as a device's do while a copy is under way.
+    """
+
+    def __init__(self, store: FakeStore, pairs: Sequence[tuple[BlockKey, int]]) -> None:
+        self.pairs = list(pairs)
+        self.ok = [False] * len(self.pairs)
+        self.done = False
+        self.polls_left = store.delay
+        self._store = store
+        for _, block in self.pairs:
+            store.cache.pages[block] = -1.0
+
+    def wait(self) -> None:
+        self._store.num_waits += 1
+        self.finish()
+
+    def finish(self) -> None:
+        if self.done:
+            return
+        self.done = True
+        for i, (key, block) in enumerate(self.pairs):
+            if key in self._store.blocks and not self._store.fails():
+                self._store.cache.pages[block] = self._store.blocks[key]
+                self.ok[i] = True
+
+
+class FakeStore:
+    """A tier in a dictionary, bounded, oldest out first.
+
+    Attributes:
+        delay: polls until a promotion ends; fails: whether the next block of one is lost.
+    """
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        num_blocks: int = 10**9,
+        *,
+        delay: int = 0,
+        fails: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.cache = cache
+        self.num_blocks = num_blocks
+        self.delay = delay
+        self.fails = fails
+        self.blocks: dict[BlockKey, Tensor] = {}
+        self.under_way: list[FakeTransfer] = []
+        self.num_waits = 0
+        self.closed = False
+
+    def num_leading(self, keys: Sequence[BlockKey]) -> int:
+        return next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys))
+
+    def demote(self, pairs: Sequence[tuple[int, BlockKey]]) -> None:
+        for block, key in pairs:
+            self.blocks[key] = self.cache.pages[block].clone()
+            while len(self.blocks) > self.num_blocks:
+                del self.blocks[next(iter(self.blocks))]
+
+    def promote(self, pairs: Sequence[tuple[BlockKey, int]]) -> FakeTransfer:
+        transfer = FakeTransfer(self, pairs)
+        self.under_way.append(transfer)
+        return transfer
+
+    def poll(self) -> list[FakeTransfer]:
+        for transfer in self.under_way:
+            transfer.polls_left -= 1
+            if transfer.polls_left < 0:
+                transfer.finish()
+        done = [transfer for transfer in self.under_way if transfer.done]
+        self.under_way = [transfer for transfer in self.under_way if not transfer.done]
+        return done
+
+    def close(self) -> None:
+        self.closed = True

@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 import pytest
-from fakes import VOCAB, HashModel, expected_tokens
+from fakes import VOCAB, FakeStore, HashModel, expected_tokens
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,8 +24,10 @@ from hypothesis.stateful import (
 )
 
 from ch15_helpers.errors import InvalidRequestError
+from ch15_helpers.kv.tiers import TierConfig, TieredStore
 from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.engine import Engine, StepRecord
+from ch15_helpers.serving.offload import Offload
 from ch15_helpers.serving.request import RequestOutput, SamplingParams
 
 MODEL_LEN = 60
@@ -43,6 +45,7 @@ class EngineMachine(RuleBasedStateMachine):
         watermark=st.sampled_from([0.0, 0.01, 0.3]),
         layout=st.sampled_from(["block_major", "layer_major"]),
         eviction=st.sampled_from([None, "lru", "lfu", "fifo", "cost_aware"]),
+        tier=st.sampled_from([None, "fake", "host"]),
     )
     def start(
         self,
@@ -56,6 +59,7 @@ class EngineMachine(RuleBasedStateMachine):
         watermark: float,
         layout: Any,
         eviction: str | None = None,
+        tier: str | None = None,
     ) -> None:
         self.model = HashModel(MODEL_LEN)
         self.pool_tokens = block_size * num_blocks
@@ -77,10 +81,27 @@ class EngineMachine(RuleBasedStateMachine):
             ),
             clock=lambda: float(next(ticks)),
         )
+        if eviction is not None and tier is not None:
+            self.add_tier(tier, num_blocks)
         self.asked: dict[str, tuple[list[int], SamplingParams]] = {}
         self.aborted: set[str] = set()
         self.failed_steps = 0
         self.last: list[int] = []
+
+    def add_tier(self, tier: str, num_blocks: int) -> None:
+        """A tier that is slow, loses a block now and then and forgets, or the real one."""
+        engine, rng = self.engine, random.Random(num_blocks)
+        prefix = engine.scheduler.residency.prefix
+        assert prefix is not None
+        store: Any
+        if tier == "fake":
+            store = FakeStore(
+                engine.cache, 2 * num_blocks, delay=2, fails=lambda: rng.random() < 0.15
+            )
+        else:
+            config = TierConfig(host_blocks=num_blocks, background=False)
+            store = TieredStore(engine.cache, prefix.keys, config)
+        engine.offload = engine.runner.offload = Offload(store, engine.scheduler)
 
     @rule(
         prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=25),
@@ -191,6 +212,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.check(self.engine.step())
             self.engine.check_invariants()
         assert not self.asked, f"never ended: {sorted(self.asked)}"
+        self.engine.close()
+        self.engine.check_invariants()
         assert self.engine.scheduler.blocks.allocator.num_used == 0
         assert self.engine.scheduler.host_blocks.num_used == 0
 
@@ -205,7 +228,7 @@ TestEngineMachine = EngineMachine.TestCase
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_long_random_walk_in_a_crowded_pool(seed: int, preemption: str) -> None:
     """The same walk, long and biased to where it is crowded: forks, copies, preemptions, swaps."""
     rng = random.Random(seed)
@@ -217,11 +240,13 @@ def test_long_random_walk_in_a_crowded_pool(seed: int, preemption: str) -> None:
         budget=rng.choice([7, 30]),
         chunked=rng.random() < 0.7,
         preemption=preemption,
-        num_host_blocks=rng.choice([6, 24]),
+        num_host_blocks=rng.choice([12, 24]),
         watermark=0.0,
         layout="block_major",
+        eviction=(None, None, "lru", "lfu", "fifo", "cost_aware", "lru", "lru")[seed],
+        tier=(None, None, None, None, "fake", "fake", "fake", "host")[seed],
     )
-    seen = {"copies": 0, "preempted": 0, "swap_in": 0}
+    seen = {"copies": 0, "preempted": 0, "swap_in": 0, "promotions": 0}
 
     def count(record: StepRecord) -> None:
         for name in seen:
@@ -232,7 +257,10 @@ def test_long_random_walk_in_a_crowded_pool(seed: int, preemption: str) -> None:
         dice = rng.random()
         if dice < 0.35 and walk.engine.scheduler.num_waiting < 4:
             prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 20))]
-            walk.admit(prompt, rng.randint(1, 30), [])
+            if rng.random() < 0.3:
+                walk.next_turn(rng.randrange(9), [rng.randrange(2)])
+            else:
+                walk.add(prompt, rng.randint(1, 30), [])
         elif dice < 0.6:
             walk.fork(rng.randrange(99), rng.randint(20, 40), 0)
         elif dice < 0.62 and walk.asked:
@@ -245,3 +273,4 @@ def test_long_random_walk_in_a_crowded_pool(seed: int, preemption: str) -> None:
     walk.teardown()
     assert seen["copies"] > 5 and seen["preempted"] > 5
     assert (seen["swap_in"] > 5) == (preemption == "swap")
+    assert (seen["promotions"] > 5) == (seed >= 4)

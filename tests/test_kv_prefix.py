@@ -322,8 +322,9 @@ class CacheMachine(RuleBasedStateMachine):
         parent = sorted(self.live)[pick % len(self.live)]
         child = self.pool.num_added
         self.pool.num_added += 1
-        self.pool.blocks.fork(parent, child)
         tokens, path = self.live[parent]
+        self.pool.keep(parent, path, tokens)
+        self.pool.blocks.fork(parent, child)
         self.live[child] = (list(tokens), list(path))
 
     @rule(pick=st.integers(0, 9), trusted=st.booleans())

@@ -203,7 +203,6 @@ class Request:
         self.output_token_ids = list(parent.output_token_ids)
         self.token_times_s = list(parent.token_times_s)
         self.num_computed_tokens = parent.num_computed_tokens
-        self.path = parent.path[:]
         self.num_shared_blocks = parent.num_shared_blocks
         self.num_cached_tokens = parent.num_cached_tokens
         self.first_scheduled_s = parent.first_scheduled_s

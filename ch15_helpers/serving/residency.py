@@ -131,6 +131,9 @@ class Residency:
 
     def share(self, parent: Request, child: Request) -> None:
         """Make ``child`` a running request on the blocks of ``parent``."""
+        # First, because only one of them could later exchange a block for an equal cached one.
+        self.keep(parent)
+        child.path = parent.path[:]
         self.blocks.fork(parent.request_id, child.request_id)
         child.slot = self.blocks.row(child.request_id)
         child.status = RequestStatus.RUNNING
