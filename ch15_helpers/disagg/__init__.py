@@ -1,0 +1,1 @@
+"""Disaggregated serving: KV blocks that travel between pools, and what may go wrong on the way."""

@@ -1,0 +1,105 @@
+"""Which messages are queued and which are under way: one window a peer and direction."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+from torch import Tensor
+
+from ch15_helpers.disagg.freight import Batch
+from ch15_helpers.disagg.message import message_bytes
+from ch15_helpers.disagg.transfer import Transfer, TransferState
+from ch15_helpers.disagg.wire import Wire, WireMessage
+
+Lane = tuple[bool, int, bool]
+"""(sending, peer, given up)."""
+
+
+class Lanes:
+    """Queues of a transport.
+
+    A peer expects what was announced, also when the transfer has been given up. On wires that
+    match by channel, such messages go through a lane of their own, so that one transfer that never
+    completes does not hold up the others.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire, self._window, self._in_order = wire, wire.window, wire.in_order
+        self._queues: dict[Lane, deque[Batch]] = {}
+        self._under_way: dict[WireMessage, Batch] = {}
+        self._free: dict[int, list[Tensor]] = {}
+        self._whole: dict[WireMessage, Tensor] = {}
+
+    def add(self, batch: Batch) -> None:
+        """Queue a batch."""
+        self._queues.setdefault(self._lane(batch.transfer), deque()).append(batch)
+
+    def give_up(self, transfer: Transfer) -> None:
+        """Move what is queued of a transfer that has just ended."""
+        if self._in_order or not transfer.num_left:
+            return
+        queue = self._queues.get((transfer.sending, transfer.peer, False), deque())
+        moving = [batch for batch in queue if batch.transfer is transfer]
+        for batch in moving:
+            queue.remove(batch)
+            self.add(batch)
+
+    def start(self) -> list[tuple[WireMessage, Batch]]:
+        """Take what fits into the windows; the messages are under way from now on."""
+        if not any(self._queues.values()):
+            return []
+        count = Counter(self._lane(batch.transfer) for batch in self._under_way.values())
+        started = []
+        for lane, queue in self._queues.items():
+            for _ in range(min(len(queue), self._window - count[lane])):
+                batch = queue.popleft()
+                message = self._message(batch)
+                self._under_way[message] = batch
+                started.append((message, batch))
+        return started
+
+    def finish(self, message: WireMessage) -> Batch:
+        """A message is no longer under way."""
+        return self._under_way.pop(message)
+
+    def recycle(self, message: WireMessage) -> None:
+        """Use the buffer of a finished message again."""
+        self._free.setdefault(_size_class(len(message.buffer)), []).append(self._whole.pop(message))
+
+    def clear(self) -> None:
+        """Forget what is queued."""
+        self._queues.clear()
+
+    def check_invariants(self, active: dict[Transfer, None]) -> None:
+        """Raise AssertionError when batches are lost or windows exceeded."""
+        batches = [*self._under_way.values(), *(b for q in self._queues.values() for b in q)]
+        for transfer in active:
+            mine = sum(batch.transfer is transfer for batch in batches)
+            assert transfer.num_left == mine > 0, "a message is lost"
+        for lane, queue in self._queues.items():
+            assert all(self._lane(batch.transfer) == lane for batch in queue), "wrong lane"
+
+    def _lane(self, transfer: Transfer) -> Lane:
+        given_up = transfer.state is not TransferState.PENDING and not self._in_order
+        return transfer.sending, transfer.peer, given_up
+
+    def _message(self, batch: Batch) -> WireMessage:
+        num_bytes = message_bytes(len(batch), batch.row_bytes)
+        free = self._free.get(_size_class(num_bytes))
+        whole = free.pop() if free else self._wire.new_buffer(_size_class(num_bytes))
+        transfer = batch.transfer
+        message = WireMessage(
+            transfer.sending,
+            transfer.peer,
+            transfer.channel,
+            whole[:num_bytes],
+            len(batch),
+            batch.number,
+        )
+        self._whole[message] = whole
+        return message
+
+
+def _size_class(num_bytes: int) -> int:
+    """Sizes of buffers are powers of two, so that few kinds of them are kept."""
+    return 1 << max(12, (num_bytes - 1).bit_length())

@@ -1,0 +1,133 @@
+"""A KV pool as a transport sees it: blocks, cut by layers and KV heads, as rows of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ch15_helpers.kv.cache import PagedKVCache
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRef:
+    """One block of one sequence.
+
+    Attributes:
+        block: physical id in the pool of whoever holds the reference.
+        sequence: number of the sequence, the same on both sides; fits in 63 bits.
+        index: logical block of the sequence.
+    """
+
+    block: int
+    sequence: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What of each block travels: layers and KV heads ``first .. last - 1``, numbered globally."""
+
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+
+
+def refs_of(table: Sequence[int], sequence: int) -> list[BlockRef]:
+    """References to all blocks of a block table."""
+    return [BlockRef(block, sequence, index) for index, block in enumerate(table)]
+
+
+class RegisteredPool:
+    """Packs parts of blocks into rows of bytes and unpacks them again.
+
+    A row is the part in block-major order, [layers, 2, block_size, heads, head_dim]; of a
+    quantised pool, its scales follow. Sections are padded to 8 bytes with zeros. The row of a part
+    is the same for every layout and for every tensor-parallel degree.
+
+    Attributes:
+        cache: the pool.
+        heads: global numbers of the KV heads that it holds.
+    """
+
+    def __init__(self, cache: PagedKVCache, first_head: int = 0) -> None:
+        """``first_head`` is the global number of the pool's first KV head (tensor parallelism)."""
+        self.cache = cache
+        num_heads = cache.pages.shape[4]
+        self.heads = (first_head, first_head + num_heads)
+        self.whole = Part((0, cache.pages.shape[1]), self.heads)
+        # [num_blocks, layers, ..., heads, ...] each; seen as integers, as bits are what counts.
+        pages = cache.pages.view(_word(cache.pages))
+        self._tensors = [(pages, 4)]
+        if cache.scales is not None:
+            self._tensors.append((cache.scales.view(torch.int32), 3))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self.cache.device
+
+    def row_bytes(self, part: Part) -> int:
+        """Bytes of one packed block."""
+        return sum(_padded(view[0].numel() * view.element_size()) for view in self._views(part))
+
+    def pack(self, blocks: Sequence[int], part: Part, rows: Tensor) -> None:
+        """Copy blocks into uint8 ``rows`` [len(blocks), row_bytes(part)], on any device."""
+        for view, target in self._sections(part, rows):
+            if view.device.type == "cpu" and target.device.type == "cpu":
+                for row, block in enumerate(blocks):
+                    target[row].copy_(view[block])
+            else:
+                target.copy_(view.index_select(0, self._index(blocks)))
+
+    def unpack(self, rows: Tensor, blocks: Sequence[int], part: Part) -> None:
+        """Overwrite the part of some blocks with packed rows."""
+        for view, source in self._sections(part, rows):
+            if view.device.type == "cpu" and source.device.type == "cpu":
+                for row, block in enumerate(blocks):
+                    view[block].copy_(source[row])
+            else:
+                view.index_copy_(0, self._index(blocks), source.to(view.device))
+
+    def check(self, blocks: Sequence[int], part: Part) -> None:
+        """Raise ValueError for a block, layer or head that the pool does not have."""
+        self._views(part)
+        limit = self.cache.num_blocks
+        if blocks and (min(blocks) < 0 or max(blocks) >= limit):
+            raise ValueError(f"block ids must be in 0..{limit - 1}, got {list(blocks)}")
+
+    def _views(self, part: Part) -> list[Tensor]:
+        (first, last), (low, high) = part.layers, part.heads
+        have = self.whole
+        inside = 0 <= first < last <= have.layers[1]
+        if not inside or not have.heads[0] <= low < high <= have.heads[1]:
+            raise ValueError(f"{part} is not in this pool, which has {have}")
+        low, high = low - self.heads[0], high - self.heads[0]
+        return [t[:, first:last].narrow(axis, low, high - low) for t, axis in self._tensors]
+
+    def _sections(self, part: Part, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each of the pool's tensors with its share of the rows, shaped alike."""
+        sections, start = [], 0
+        for view in self._views(part):
+            size = view[0].numel() * view.element_size()
+            section = (
+                rows[:, start : start + size].view(view.dtype).view(len(rows), *view.shape[1:])
+            )
+            sections.append((view, section))
+            rows[:, start + size : start + _padded(size)] = 0
+            start += _padded(size)
+        return sections
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(list(blocks), dtype=torch.int64, device=self.device)
+
+
+def _word(pages: Tensor) -> torch.dtype:
+    """The widest integer by which a head can be copied."""
+    size = pages.shape[-1] * pages.element_size()
+    return torch.int64 if size % 8 == 0 else torch.uint8
+
+
+def _padded(size: int) -> int:
+    return -(-size // 8) * 8
