@@ -57,7 +57,7 @@ def wait_until_all_are_gone(pids: list[int]) -> None:
 def work_until_tokens(pool: ReplicaPool, count: int) -> list[ReplicaOutput]:
     """Poll until that many open requests have a first token, so that work is under way."""
     ended: list[ReplicaOutput] = []
-    while sum(output.ttft_s is not None for output in pool._open.values()) < count:
+    while pool.num_started < count:
         ended += pool.poll(0.2)
         assert pool.num_open, "all ended before the accident"
     return ended

@@ -119,6 +119,11 @@ class ReplicaPool:
         """Requests without an answer."""
         return len(self._open) + len(self._ended)
 
+    @property
+    def num_started(self) -> int:
+        """Open requests that have their first token."""
+        return sum(output.ttft_s is not None for output in self._open.values())
+
     def submit(
         self,
         prompt: Sequence[int],
