@@ -38,9 +38,7 @@ def forward(
     return int(logits[0].argmax())
 
 
-def decode(
-    model: Transformer, cache: PagedKVCache, table: Sequence[int], first: int
-) -> list[int]:
+def decode(model: Transformer, cache: PagedKVCache, table: Sequence[int], first: int) -> list[int]:
     known = [*PROMPT, first]
     while len(known) < len(PROMPT) + NEW:
         known.append(forward(model, cache, table, known, len(known) - 1))
@@ -86,9 +84,7 @@ def test_tokens_are_those_of_the_monolithic_engine(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_check_saves_the_tokens(
-    tiny: Transformer, monolithic: list[int], fault: Fault
-) -> None:
+def test_the_check_saves_the_tokens(tiny: Transformer, monolithic: list[int], fault: Fault) -> None:
     def wrap(wire: Any) -> Any:
         return FaultyWire(wire, fault, row=6)  # block 7 is partly full
 

@@ -1,4 +1,4 @@
-"""Which messages are queued and which are under way: one window a peer and direction."""
+"""Which messages are queued and which are under way: one window for each channel."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from torch import Tensor
 
 from ch15_helpers.disagg.freight import Batch
 from ch15_helpers.disagg.message import message_bytes
-from ch15_helpers.disagg.transfer import Transfer, TransferState
+from ch15_helpers.disagg.transfer import Transfer
 from ch15_helpers.disagg.wire import Wire, WireMessage
 
-Lane = tuple[bool, int, bool]
-"""(sending, peer, given up)."""
+Lane = tuple[bool, int, int]
+"""(sending, peer, channel); the channel is -1 on wires that ignore channels."""
 
 
 class Lanes:
     """Queues of a transport.
 
-    A peer expects what was announced, also when the transfer has been given up. On wires that
-    match by channel, such messages go through a lane of their own, so that one transfer that never
-    completes does not hold up the others.
+    Both ends of a lane start the same messages in the same order, also those of transfers that
+    have been given up: the peer expects them. Lanes are apart, so that a transfer that never
+    completes does not hold up the others, and so that the two sides may start their transfers in
+    different orders.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -34,28 +35,21 @@ class Lanes:
         """Queue a batch."""
         self._queues.setdefault(self._lane(batch.transfer), deque()).append(batch)
 
-    def give_up(self, transfer: Transfer) -> None:
-        """Move what is queued of a transfer that has just ended."""
-        if self._in_order or not transfer.num_left:
-            return
-        queue = self._queues.get((transfer.sending, transfer.peer, False), deque())
-        moving = [batch for batch in queue if batch.transfer is transfer]
-        for batch in moving:
-            queue.remove(batch)
-            self.add(batch)
-
     def start(self) -> list[tuple[WireMessage, Batch]]:
         """Take what fits into the windows; the messages are under way from now on."""
         if not any(self._queues.values()):
             return []
         count = Counter(self._lane(batch.transfer) for batch in self._under_way.values())
         started = []
-        for lane, queue in self._queues.items():
+        for lane in [lane for lane, queue in self._queues.items() if queue]:
+            queue = self._queues[lane]
             for _ in range(min(len(queue), self._window - count[lane])):
                 batch = queue.popleft()
                 message = self._message(batch)
                 self._under_way[message] = batch
                 started.append((message, batch))
+            if not queue:
+                del self._queues[lane]
         return started
 
     def finish(self, message: WireMessage) -> Batch:
@@ -80,8 +74,7 @@ class Lanes:
             assert all(self._lane(batch.transfer) == lane for batch in queue), "wrong lane"
 
     def _lane(self, transfer: Transfer) -> Lane:
-        given_up = transfer.state is not TransferState.PENDING and not self._in_order
-        return transfer.sending, transfer.peer, given_up
+        return transfer.sending, transfer.peer, -1 if self._in_order else transfer.channel
 
     def _message(self, batch: Batch) -> WireMessage:
         num_bytes = message_bytes(len(batch), batch.row_bytes)

@@ -126,7 +126,8 @@ class BlockTransport:
         Args:
             refs: in an order that the receiver names, too.
             to: rank.
-            channel: a number that no other transfer between the two ranks has, below 2**31.
+            channel: below 2**31. Transfers between two ranks on one channel must be started in
+                the same order on both sides; channels do not wait for each other.
             part: layers and heads to send; None is all that the pool has.
             timeout_s: None is the default.
 
@@ -284,7 +285,6 @@ class BlockTransport:
             came = report.landed | report.corrupted | report.exchanged
             report.missing = set(range(len(transfer.refs))) - came
         self._active.pop(transfer, None)
-        self._lanes.give_up(transfer)
         self._over.append(transfer)
         return True
 

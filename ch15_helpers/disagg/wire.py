@@ -42,7 +42,7 @@ class Wire(Protocol):
     Attributes:
         rank, world_size: of this end.
         device: where buffers must be.
-        window: how many messages to or from one peer should be under way at once.
+        window: how many messages of one channel should be under way at once.
         in_order: channels are ignored: whatever goes between two ranks is matched in the order in
             which both sides start it.
     """

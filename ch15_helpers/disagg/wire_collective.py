@@ -1,8 +1,8 @@
 """Messages over torch.distributed: gloo between CPUs, NCCL between GPUs.
 
 gloo reports that a receive is complete only to whoever waits for it, and a wait that times out
-closes the connection. So each peer and direction has a thread that waits without a limit; deadlines
-are the transport's affair, and what arrives after them is dropped there.
+closes the connection. So each channel in use has a thread that waits without a limit; deadlines are
+the transport's affair, and what arrives after them is dropped there.
 
 NCCL has neither tags nor cancellation. Operations between two ranks are matched in the order in
 which they are started, so both sides must start their transfers in the same order.
@@ -27,6 +27,14 @@ from ch15_helpers.errors import TransportError
 _FOREVER = timedelta(days=365)
 
 
+class _Worker:
+    """A thread's queue, and how many of its messages are not over."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[Any] = SimpleQueue()
+        self.num_left = 0
+
+
 class GlooWire:
     """One rank's end of a gloo process group.
 
@@ -46,7 +54,9 @@ class GlooWire:
         self.device = torch.device("cpu")
         self._changed = threading.Condition()
         self._done: deque[tuple[WireMessage, str | None]] = deque()
-        self._waiters: dict[tuple[bool, int], tuple[threading.Thread, SimpleQueue[Any]]] = {}
+        self._workers: list[_Worker] = []
+        self._idle: list[_Worker] = []
+        self._busy: dict[tuple[bool, int, int], _Worker] = {}
 
     def new_buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -69,9 +79,10 @@ class GlooWire:
                         tag=message.channel,
                     )
             except RuntimeError as error:  # the connection is closed already
-                self._report(message, str(error))
+                with self._changed:
+                    self._done.append((message, str(error)))
                 continue
-            self._waiter(message.sending, message.peer).put((work, message))
+            self._assign(work, message)
 
     def finished(self) -> list[tuple[WireMessage, str | None]]:
         with self._changed:
@@ -87,35 +98,44 @@ class GlooWire:
             self._changed.wait_for(lambda: self._done, timeout_s)
 
     def close(self) -> None:
-        for _, queue in self._waiters.values():
-            queue.put(None)
+        for worker in self._workers:
+            worker.queue.put(None)
 
-    def _waiter(self, sending: bool, peer: int) -> SimpleQueue[Any]:
-        key = sending, peer
-        if key not in self._waiters:
-            queue: SimpleQueue[Any] = SimpleQueue()
-            name = f"gloo-{'to' if sending else 'from'}-{peer}"
-            thread = threading.Thread(target=self._follow, args=(queue,), name=name, daemon=True)
-            self._waiters[key] = thread, queue
-            thread.start()
-        return self._waiters[key][1]
+    def _assign(self, work: Any, message: WireMessage) -> None:
+        """Give a message to the thread that waits for its channel, or to an idle one."""
+        key = message.sending, message.peer, message.channel
+        with self._changed:
+            worker = self._busy.get(key)
+            if worker is None:
+                worker = self._idle.pop() if self._idle else self._hire()
+                self._busy[key] = worker
+            worker.num_left += 1
+        worker.queue.put((key, work, message))
 
-    def _follow(self, queue: SimpleQueue[Any]) -> None:
+    def _hire(self) -> _Worker:
+        worker = _Worker()
+        self._workers.append(worker)
+        name = f"gloo-wait-{len(self._workers)}"
+        threading.Thread(target=self._follow, args=(worker,), name=name, daemon=True).start()
+        return worker
+
+    def _follow(self, worker: _Worker) -> None:
         """Wait for one message after the other, in the order in which they were started."""
-        while (item := queue.get()) is not None:
-            work, message = item
+        while (item := worker.queue.get()) is not None:
+            key, work, message = item
+            error = None
             try:
                 work.wait(_FOREVER)
-            except RuntimeError as error:
-                self._report(message, str(error))
-            else:
-                self._report(message, None)
+            except RuntimeError as problem:
+                error = str(problem)
+            with self._changed:
+                self._done.append((message, error))
+                worker.num_left -= 1
+                if not worker.num_left:
+                    del self._busy[key]
+                    self._idle.append(worker)
+                self._changed.notify_all()
             del work, item, message
-
-    def _report(self, message: WireMessage, error: str | None) -> None:
-        with self._changed:
-            self._done.append((message, error))
-            self._changed.notify_all()
 
 
 class NcclWire:
