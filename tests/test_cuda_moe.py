@@ -41,8 +41,11 @@ def plans(dtype):
             MoEPlan("vector", block_n=4, block_k=64),
             *(MoEPlan("tile", block_m=m, block_k=32) for m in (16, 32)),
         ]
-    tiles = [MoEPlan("tile", m, n, k) for m, n, k in ((16, 64, 128), (32, 64, 64), (64, 64, 128))]
-    wide = [MoEPlan("wide")] if torch.cuda.get_device_capability()[0] == 9 else []
+    tiles = [
+        MoEPlan("tile", m, n, k, 3) for m, n, k in ((16, 64, 128), (32, 64, 64), (64, 64, 128))
+    ]
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    wide = [MoEPlan("wide"), MoEPlan("wide", splits=2, gather=False)] if hopper else []
     return [MoEPlan("vector", block_n=4, block_k=64), *tiles, *wide]
 
 

@@ -119,15 +119,23 @@ def _tile_kernel(
 
 @dataclass(frozen=True)
 class MoEPlan:
-    """How one call runs: ``kind`` is vector, tile or wide; the rest are block sizes."""
+    """How one call runs: ``kind`` is vector, tile or wide; the rest are its block sizes.
+
+    Attributes:
+        splits: parts of each sum of the wide down projection.
+        group: tiles that the wide kernel gives one block of weights before the next block.
+        gather: whether the wide kernel gathers tokens' rows itself.
+    """
 
     kind: str
     block_m: int = 16
     block_n: int = 64
-    block_k: int = 128
-    num_stages: int = 3
+    block_k: int = 64
+    num_stages: int = 5
     num_warps: int = 4
     splits: int = 1
+    group: int = 4
+    gather: bool = True
 
 
 @functools.cache
@@ -152,7 +160,7 @@ def choose_plan(
     """
     num_pairs = num_tokens * top_k
     if num_tokens == 1 or 4 * num_pairs <= num_experts:
-        return MoEPlan("vector", block_n=4, block_k=1024)
+        return MoEPlan("vector", block_n=2, block_k=1024, num_warps=2)
     rows = num_pairs / num_experts
     if dtype == torch.float32:
         return MoEPlan("tile", block_m=16 if rows < 16 else 32, block_k=32)
@@ -205,15 +213,14 @@ def _run_tile(x, gate_up, down, weights, experts, plan) -> Tensor:
 
 
 def _run_wide(x, gate_up, down, weights, experts, plan) -> Tensor:
-    from ch15_helpers.kernels.fused_moe_triton_hopper import HALF, TILE, grouped_gemm_hopper
+    from ch15_helpers.kernels import fused_moe_triton_hopper as hopper
 
-    order = sort_by_expert(experts, down.shape[0], HALF, TILE)
-    rows = gather_rows_triton(x, order.positions, order.capacity, experts.shape[1])
-    processors = _processors(x.device)
-    h = grouped_gemm_hopper(rows, gate_up, order, swiglu=True, processors=processors)
-    y = grouped_gemm_hopper(
-        h[0], down, order, swiglu=False, processors=processors, splits=plan.splits
-    )
+    order = sort_by_expert(experts, down.shape[0], hopper.HALF, hopper.TILE)
+    top_k = experts.shape[1] if plan.gather and hopper.can_gather(x) else 0
+    rows = x if top_k else gather_rows_triton(x, order, experts.shape[1])
+    options = {"processors": _processors(x.device), "group": plan.group}
+    h = hopper.grouped_gemm(rows, gate_up, order, swiglu=True, top_k=top_k, **options)
+    y = hopper.grouped_gemm(h[0], down, order, swiglu=False, splits=plan.splits, **options)
     return combine_triton(y, order.positions, weights)
 
 

@@ -12,12 +12,15 @@ waste less than one in 64 rows. Written in Gluon, Triton's lower level, which al
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -33,8 +36,7 @@ TILE = 2 * HALF
 _BLOCK_N, _BLOCK_K = 256, 64
 _STAGES = 4
 _GROUP_TILES = 16  # tiles that share a block of weights while it is in the cache
-# Threads of 12 warps share 65536 registers: 168 each, of which the copying warps need 24.
-_MAX_REGISTERS, _MULTIPLY_REGISTERS, _COPY_REGISTERS = 168, 240, 24
+_MAX_REGISTERS = 168  # 12 warps share 65536
 
 
 @gluon.jit
@@ -49,48 +51,80 @@ def _locate(item, num_tiles, columns, tiles_ptr, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _copy_warp(descs, buffers, bars, sizes, tiles_ptr, claims_ptr,
-               GROUP: gl.constexpr, SPLITS: gl.constexpr):  # fmt: skip
-    a_desc, w_desc, _ = descs
+def _post(items, item_free, item_posted, item, turn):
+    """Tells the multiplying warps their item number ``turn``, two ahead at most."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    mbarrier.wait(item_free.index(turn & 1), (turn >> 1 & 1) ^ 1)
+    items.index(turn & 1).store(gl.full([32], item, gl.int32, LANES))
+    mbarrier.arrive(item_posted.index(turn & 1))
+
+
+@gluon.jit
+def _copy_warps(a, descs, buffers, bars, sizes, tiles_ptr, claims_ptr, GATHER: gl.constexpr,
+                TOP_K: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr):  # fmt: skip
+    w_desc, _ = descs
     a_bufs, w_bufs, _, items = buffers
     empty, ready, item_free, item_posted = bars
     num_tiles, num_blocks, steps, _ = sizes
     STAGES: gl.constexpr = w_bufs.type.shape[0]
-    ROWS: gl.constexpr = a_desc.block_type.shape[0]
-    BLOCK_K: gl.constexpr = a_desc.block_type.shape[1]
+    ROWS: gl.constexpr = a_bufs.type.shape[1]
+    BLOCK_K: gl.constexpr = a_bufs.type.shape[2]
     COLUMNS: gl.constexpr = w_desc.block_type.shape[2]
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    A_BYTES: gl.constexpr = ROWS * BLOCK_K * 2
+    W_BYTES: gl.constexpr = w_desc.block_type.nbytes
+    # Eight threads copy the 128 bytes of a row, 16 bytes each.
+    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     num_items = num_tiles * num_blocks * SPLITS
     item = gl.program_id(0)
     turn, count = 0, 0
     while item < num_items:
-        mbarrier.wait(item_free.index(turn & 1), (turn >> 1 & 1) ^ 1)
-        items.index(turn & 1).store(gl.full([32], item, gl.int32, LANES))
-        mbarrier.arrive(item_posted.index(turn & 1))
+        _post(items, item_free, item_posted, item, turn)
         # Claimed early: the answer comes while this item's copies are started.
         claimed = gl.atomic_add(claims_ptr, 1)
         expert, row, valid, column = _locate(item, num_tiles, num_blocks * SPLITS, tiles_ptr, GROUP)
         both = valid > ROWS
+        if GATHER:
+            a_ptr, rows_ptr, num_pairs, stride = a
+            k_lane = gl.arange(0, BLOCK_K, gl.SliceLayout(0, TILE))
+            lane = gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
+            low = gl.load(rows_ptr + row + lane)
+            high = gl.load(rows_ptr + row + ROWS + lane, mask=both & (lane >= 0), other=num_pairs)
+            low_ptr = a_ptr + (low // TOP_K).to(gl.int64) * stride
+            high_ptr = a_ptr + (high // TOP_K).to(gl.int64) * stride
         for step in range(steps):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
             bar = ready.index(stage)
-            mbarrier.expect(bar, w_desc.block_type.nbytes + a_desc.block_type.nbytes, pred=not both)
-            mbarrier.expect(bar, w_desc.block_type.nbytes + 2 * a_desc.block_type.nbytes, pred=both)
             k = (column % SPLITS * steps + step) * BLOCK_K
+            if GATHER:
+                mbarrier.expect(bar, W_BYTES)
+            else:
+                mbarrier.expect(bar, W_BYTES + A_BYTES, pred=not both)
+                mbarrier.expect(bar, W_BYTES + 2 * A_BYTES, pred=both)
             tma.async_copy_global_to_shared(
                 w_desc, [expert, 0, column // SPLITS * COLUMNS, k], bar, w_bufs.index(stage)
             )
-            tma.async_copy_global_to_shared(a_desc, [row, k], bar, a_bufs.index(2 * stage))
-            tma.async_copy_global_to_shared(
-                a_desc, [row + ROWS, k], bar, a_bufs.index(2 * stage + 1), pred=both
-            )
+            if GATHER:
+                async_copy.async_copy_global_to_shared(
+                    a_bufs.index(2 * stage), low_ptr[:, None] + (k + k_lane)[None, :],
+                    mask=(low < num_pairs)[:, None],
+                )  # fmt: skip
+                if both:
+                    async_copy.async_copy_global_to_shared(
+                        a_bufs.index(2 * stage + 1), high_ptr[:, None] + (k + k_lane)[None, :],
+                        mask=(high < num_pairs)[:, None],
+                    )  # fmt: skip
+                # Each thread arrives when its own copies have landed.
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            else:
+                tma.async_copy_global_to_shared(a, [row, k], bar, a_bufs.index(2 * stage))
+                tma.async_copy_global_to_shared(
+                    a, [row + ROWS, k], bar, a_bufs.index(2 * stage + 1), pred=both
+                )
             count += 1
         item = gl.num_programs(0) + claimed
         turn += 1
-    mbarrier.wait(item_free.index(turn & 1), (turn >> 1 & 1) ^ 1)
-    items.index(turn & 1).store(gl.full([32], item, gl.int32, LANES))
-    mbarrier.arrive(item_posted.index(turn & 1))
+    _post(items, item_free, item_posted, item, turn)
 
 
 @gluon.jit
@@ -113,15 +147,16 @@ def _write(out_desc, out_buf, value, row, column):
 
 @gluon.jit
 def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
-                    SWIGLU: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr,
-                    LAYOUT: gl.constexpr, W_LAYOUT: gl.constexpr):  # fmt: skip
-    a_desc, w_desc, out_desc = descs
+                    GATHER: gl.constexpr, SWIGLU: gl.constexpr, GROUP: gl.constexpr,
+                    SPLITS: gl.constexpr, LAYOUT: gl.constexpr,
+                    W_LAYOUT: gl.constexpr):  # fmt: skip
+    w_desc, out_desc = descs
     a_bufs, w_bufs, out_bufs, items = buffers
     empty, ready, item_free, item_posted = bars
     num_tiles, num_blocks, steps, capacity = sizes
     STAGES: gl.constexpr = w_bufs.type.shape[0]
-    ROWS: gl.constexpr = a_desc.block_type.shape[0]
-    BLOCK_K: gl.constexpr = a_desc.block_type.shape[1]
+    ROWS: gl.constexpr = a_bufs.type.shape[1]
+    BLOCK_K: gl.constexpr = a_bufs.type.shape[2]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[1] * w_desc.block_type.shape[2]
     OUT_N: gl.constexpr = out_desc.block_type.shape[1]
     out_buf = out_bufs.index(WHICH)
@@ -135,6 +170,9 @@ def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
             for step in range(steps):
                 stage = count % STAGES
                 mbarrier.wait(ready.index(stage), count // STAGES & 1)
+                if GATHER:
+                    # Tensor cores read through another path than the threads' copies wrote.
+                    fence_async_shared()
                 w = w_bufs.index(stage)._reinterpret(w_desc.dtype, [BLOCK_N, BLOCK_K], W_LAYOUT)
                 acc = warpgroup_mma(
                     a_bufs.index(2 * stage + WHICH), w.permute((1, 0)), acc, is_async=True
@@ -165,20 +203,21 @@ def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_blocks", "steps", "capacity"])
+@gluon.jit(do_not_specialize=["num_blocks", "steps", "capacity", "num_pairs"])
 def _grouped_gemm_kernel(
-    a_desc, w_desc, out_desc, tiles_ptr, counters_ptr, num_blocks, steps, capacity,
-    SWIGLU: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    MULTIPLY_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    a_desc, a_ptr, rows_ptr, w_desc, out_desc, tiles_ptr, counters_ptr,
+    num_pairs, stride, num_blocks, steps, capacity,
+    GATHER: gl.constexpr, TOP_K: gl.constexpr, SWIGLU: gl.constexpr, SPLITS: gl.constexpr,
+    ROWS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_K: gl.constexpr = a_desc.block_type.shape[1]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[1] * w_desc.block_type.shape[2]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    W_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_K], a_desc.dtype)
-    A_SHAPE: gl.constexpr = a_desc.block_type.shape
+    A_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_K], w_desc.dtype)
+    W_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_K], w_desc.dtype)
     W_SHAPE: gl.constexpr = w_desc.block_type.shape
     OUT_SHAPE: gl.constexpr = out_desc.block_type.shape
-    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [2 * STAGES] + A_SHAPE, a_desc.layout)
+    a_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * STAGES, ROWS, BLOCK_K], A_LAYOUT)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + W_SHAPE, w_desc.layout)
     out_bufs = gl.allocate_shared_memory(out_desc.dtype, [2] + OUT_SHAPE, out_desc.layout)
     items = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -188,38 +227,65 @@ def _grouped_gemm_kernel(
     item_posted = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(empty.index(i), count=2)
-        mbarrier.init(ready.index(i), count=1)
+        # The bulk copies arrive as one; each of 128 threads that copy rows for itself.
+        mbarrier.init(ready.index(i), count=129 if GATHER else 1)
     for i in gl.static_range(2):
         mbarrier.init(item_free.index(i), count=2)
         mbarrier.init(item_posted.index(i), count=1)
     claims_ptr = counters_ptr + (1 if SWIGLU else 2)
-    descs = (a_desc, w_desc, out_desc)
+    descs = (w_desc, out_desc)
     buffers = (a_bufs, w_bufs, out_bufs, items)
     bars = (empty, ready, item_free, item_posted)
     sizes = (gl.load(counters_ptr), num_blocks, steps, capacity)
+    if GATHER:
+        a = (a_ptr, rows_ptr, num_pairs, stride)
+    else:
+        a = a_desc
     first: gl.constexpr = 0
     second: gl.constexpr = 1
+    # 12 warps of 168 registers a thread: what the copying warps leave, the others take.
+    COPY_WARPS: gl.constexpr = 4 if GATHER else 1
+    COPY_REGISTERS: gl.constexpr = 72 if GATHER else 24
+    MULTIPLY_REGISTERS: gl.constexpr = 216 if GATHER else 240
     gl.warp_specialize(
         [
             (_multiply_warps, (descs, buffers, bars, sizes, tiles_ptr,
-                               first, SWIGLU, GROUP, SPLITS, LAYOUT, W_LAYOUT)),
+                               first, GATHER, SWIGLU, GROUP, SPLITS, LAYOUT, W_LAYOUT)),
             (_multiply_warps, (descs, buffers, bars, sizes, tiles_ptr,
-                               second, SWIGLU, GROUP, SPLITS, LAYOUT, W_LAYOUT)),
-            (_copy_warp, (descs, buffers, bars, sizes, tiles_ptr, claims_ptr, GROUP, SPLITS)),
+                               second, GATHER, SWIGLU, GROUP, SPLITS, LAYOUT, W_LAYOUT)),
+            (_copy_warps, (a, descs, buffers, bars, sizes, tiles_ptr, claims_ptr,
+                           GATHER, TOP_K, GROUP, SPLITS)),
         ],
-        [4, 1],
+        [4, COPY_WARPS],
         [MULTIPLY_REGISTERS, COPY_REGISTERS],
     )  # fmt: skip
 
 
-def grouped_gemm_hopper(
+@functools.cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype):
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for(list(block), element)
+
+
+def _describe(tensor: Tensor, *block: int):
+    layout = _layout(block, tensor.dtype)
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), list(block), layout)
+
+
+def can_gather(x: Tensor) -> bool:
+    """Whether the kernel can gather these rows: whole pieces of K, aligned, nothing to zero."""
+    return x.shape[1] % _BLOCK_K == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def grouped_gemm(
     a: Tensor, weight: Tensor, order: ExpertOrder, *, swiglu: bool, processors: int,
-    splits: int = 1, group: int = _GROUP_TILES, stages: int = _STAGES,
+    top_k: int = 0, splits: int = 1, group: int = _GROUP_TILES, stages: int = _STAGES,
 ) -> Tensor:  # fmt: skip
     """Products of sorted rows with their experts' weights, the activation fused in.
 
     Args:
-        a: bfloat16 or float16 [capacity, K], rows in the order of ``order``.
+        a: bfloat16 or float16 [capacity, K], rows in the order of ``order``; or, with ``top_k``,
+            tokens' rows [num_tokens, K], which the kernel then gathers (see ``can_gather``).
         weight: [num_experts, N, K], contiguous; gate rows before up rows when ``swiglu``.
         order: starts aligned to ``HALF``, tiles of ``TILE`` rows, counters not yet used.
         splits: parts into which each sum over K is cut, more work items when there are few.
@@ -231,23 +297,18 @@ def grouped_gemm_hopper(
     num_experts, rows, depth = weight.shape
     parts = 2 if swiglu else 1
     columns = rows // parts
-    out = a.new_empty((splits, a.shape[0], columns))
-    dtype = gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16
+    capacity = order.capacity
+    out = a.new_empty((splits, capacity, columns))
     w_view = weight.view(num_experts, parts, columns, depth)
-
-    def describe(tensor: Tensor, block: list[int]):
-        return TensorDescriptor.from_tensor(
-            tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype)
-        )
-
+    out_desc = _describe(out.view(-1, columns), HALF, _BLOCK_N // 2)
     _grouped_gemm_kernel[(processors,)](
-        describe(a, [HALF, _BLOCK_K]),
-        describe(w_view, [1, parts, _BLOCK_N // parts, _BLOCK_K]),
-        describe(out.view(-1, columns), [HALF, _BLOCK_N // 2]),
-        order.tiles, order.counters, triton.cdiv(columns, _BLOCK_N // parts),
-        triton.cdiv(triton.cdiv(depth, _BLOCK_K), splits), a.shape[0],
-        SWIGLU=swiglu, SPLITS=splits, STAGES=stages, GROUP=group,
-        MULTIPLY_REGISTERS=_MULTIPLY_REGISTERS, COPY_REGISTERS=_COPY_REGISTERS,
-        num_warps=4, maxnreg=_MAX_REGISTERS,
+        None if top_k else _describe(a, HALF, _BLOCK_K),
+        a if top_k else None, order.rows if top_k else None,
+        _describe(w_view, 1, parts, _BLOCK_N // parts, _BLOCK_K), out_desc,
+        order.tiles, order.counters, order.positions.shape[0], a.stride(0),
+        triton.cdiv(columns, _BLOCK_N // parts),
+        triton.cdiv(triton.cdiv(depth, _BLOCK_K), splits), capacity,
+        GATHER=top_k > 0, TOP_K=top_k, SWIGLU=swiglu, SPLITS=splits, ROWS=HALF, BLOCK_K=_BLOCK_K,
+        STAGES=stages, GROUP=group, num_warps=4, maxnreg=_MAX_REGISTERS,
     )  # fmt: skip
     return out

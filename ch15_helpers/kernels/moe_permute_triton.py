@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ch15_helpers.kernels.moe_permute import ExpertOrder
+
 _MAX_CHUNKS = 128
-_BLOCK = 64  # pairs ranked at once
+_BLOCK = 128  # pairs ranked at once
 _VARYING = ("num_pairs", "chunk", "num_tokens")
 
 
@@ -78,15 +80,16 @@ def _place_kernel(
         tl.store(tile_ptr + 1, starts + i * TILE, mask=exists)
         tl.store(tile_ptr + 2, tl.minimum(counts - i * TILE, TILE), mask=exists)
     slots = starts + before
+    lane = tl.arange(0, BLOCK)
     for first in range(begin, stop, BLOCK):
-        pair = first + tl.arange(0, BLOCK)
+        pair = first + lane
         expert = tl.load(ids_ptr + pair, mask=pair < stop, other=-1).to(tl.int32)
         here = (expert >= 0) & (expert < E)
-        onehot = (expert[:, None] == experts[None, :]).to(tl.int32)
-        onehot = tl.where(here[:, None], onehot, 0)
-        ahead = tl.cumsum(onehot, 0) - onehot
-        slot = tl.sum(onehot * (ahead + slots[None, :]), 1)
-        slots += tl.sum(onehot, 0)
+        # Rank inside the block: how many lanes before this one have the same expert.
+        same = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
+        safe = tl.where(here, expert, 0)
+        slot = tl.gather(slots, safe, 0) + tl.sum(same.to(tl.int32), 1)
+        slots += tl.histogram(safe, E_PAD, mask=here)
         tl.store(rows_ptr + slot, pair, mask=here)
         tl.store(positions_ptr + pair, tl.where(here, slot, -1), mask=pair < stop)
 
@@ -130,8 +133,8 @@ def sort_by_expert_triton(
     new = experts.new_empty
     rows, positions = new(capacity, dtype=torch.int32), new(num_pairs, dtype=torch.int32)
     tiles, counters = new((max_tiles, 4), dtype=torch.int32), new(3, dtype=torch.int32)
-    # One program ranks 16 blocks in the time that a second launch and its table would take.
-    chunks = 1 if num_pairs <= 16 * _BLOCK else min(_MAX_CHUNKS, num_pairs // (4 * _BLOCK))
+    # One program ranks 8 blocks in the time that a second launch and its table would take.
+    chunks = 1 if num_pairs <= 8 * _BLOCK else min(_MAX_CHUNKS, num_pairs // (2 * _BLOCK))
     chunk = triton.cdiv(triton.cdiv(num_pairs, chunks), _BLOCK) * _BLOCK
     chunks = max(1, triton.cdiv(num_pairs, chunk))
     e_pad = max(16, triton.next_power_of_2(num_experts))
@@ -146,15 +149,15 @@ def sort_by_expert_triton(
     return rows, positions, tiles, counters
 
 
-def gather_rows_triton(x: Tensor, positions: Tensor, capacity: int, top_k: int) -> Tensor:
+def gather_rows_triton(x: Tensor, order: ExpertOrder, top_k: int) -> Tensor:
     """Copies each token's row to the positions of its pairs: [capacity, hidden].
 
     Rows of padding stay unwritten: what is computed from them is never read.
     """
     num_tokens, hidden = x.shape
-    out = x.new_empty((capacity, hidden))
+    out = x.new_empty((order.capacity, hidden))
     block = min(4096, triton.next_power_of_2(hidden))
-    _gather_kernel[(num_tokens,)](x, out, positions, x.stride(0), hidden, top_k, block)
+    _gather_kernel[(num_tokens,)](x, out, order.positions, x.stride(0), hidden, top_k, block)
     return out
 
 

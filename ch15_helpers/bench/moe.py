@@ -1,0 +1,181 @@
+"""The fused mixture-of-experts block beside its limits and beside vLLM's recorded times.
+
+Run it with ``python -m ch15_helpers.bench.moe --device cuda``. Routing is given and random; a call
+permutes, multiplies, activates, multiplies and combines. Inputs rotate, so that few tokens do not
+find their experts in the cache of the call before. The limit is the larger of the bytes of the
+experts in use over the read bandwidth and the operations over the matmul rate, both measured in
+the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean, median
+from types import MappingProxyType
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from ch15_helpers.bench.roofline import Work, limit_s
+from ch15_helpers.bench.timing import measure
+from ch15_helpers.errors import HardwareError
+from ch15_helpers.hardware import HardwareProfile
+from ch15_helpers.kernels.fused_moe import can_fuse, fused_moe
+from ch15_helpers.model.config import MIXTRAL_8X7B, QWEN3_30B_A3B, TINY_MOE, ModelConfig
+
+# vLLM 0.22.1's fused_experts, bf16, eager, one NVIDIA H200, torch 2.11.0+cu130, 2026-11-24 (µs).
+VLLM_US: Mapping[tuple[str, int], float] = MappingProxyType(
+    {
+        ("QWEN3_30B_A3B", 1): 280,
+        ("QWEN3_30B_A3B", 64): 400,
+        ("QWEN3_30B_A3B", 1024): 548,
+        ("QWEN3_30B_A3B", 16384): 2930,
+        ("MIXTRAL_8X7B", 1): 479,
+        ("MIXTRAL_8X7B", 64): 668,
+        ("MIXTRAL_8X7B", 1024): 1659,
+        ("MIXTRAL_8X7B", 16384): 20564,
+    }
+)
+MODELS: Mapping[str, ModelConfig] = MappingProxyType(
+    {"QWEN3_30B_A3B": QWEN3_30B_A3B, "MIXTRAL_8X7B": MIXTRAL_8X7B, "TINY_MOE": TINY_MOE}
+)
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, gate_up, down, weights, expert ids
+
+
+@dataclass(frozen=True)
+class MoERow:
+    """One block at one number of tokens.
+
+    Attributes:
+        eager_s: median of calls one after another.
+        captured_s: the same as a CUDA graph, None where there is none.
+        limit_s: see the module. fraction: limit over the better of both times.
+        peer_s: vLLM's recorded time. ratio: ours over it, like for like: eager.
+    """
+
+    model: str
+    num_tokens: int
+    eager_s: float
+    captured_s: float | None
+    limit_s: float
+    peer_s: float | None
+
+    @property
+    def fraction(self) -> float:
+        return self.limit_s / min(self.eager_s, self.captured_s or self.eager_s)
+
+    @property
+    def ratio(self) -> float | None:
+        return self.eager_s / self.peer_s if self.peer_s else None
+
+
+def block_work(config: ModelConfig, num_tokens: int, touched: float, itemsize: int) -> Work:
+    """Least bytes (weights of the experts in use) and operations of one block."""
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    pairs = num_tokens * config.num_experts_per_tok
+    return Work(flops=2.0 * expert * pairs, bytes=touched * expert * itemsize)
+
+
+def make_inputs(
+    config: ModelConfig, num_tokens: int, sets: int, device: torch.device, dtype: torch.dtype
+) -> list[Inputs]:
+    """``sets`` batches with uniform random routing over one set of random weights."""
+    generator = torch.Generator(device).manual_seed(num_tokens)
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    gate_up = normal(config.num_experts, 2 * inner, hidden).mul_(hidden**-0.5)
+    down = normal(config.num_experts, hidden, inner).mul_(inner**-0.5)
+    inputs = []
+    for _ in range(sets):
+        scores = normal(num_tokens, config.num_experts).float().softmax(-1)
+        weights, ids = scores.topk(config.num_experts_per_tok, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        inputs.append((normal(num_tokens, hidden), gate_up, down, weights, ids))
+    return inputs
+
+
+def _back_to_back_s(run: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Seconds of one of ``calls`` calls, each timed as it follows the one before."""
+    if device.type != "cuda":
+        return measure(run, device=device, iterations=calls).median_s
+    for _ in range(3):
+        run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]  # type: ignore[no-untyped-call]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize(device)
+    return float(median(start.elapsed_time(end) for start, end in pairwise(events))) / 1e3
+
+
+def _captured_s(inputs: list[Inputs], device: torch.device, replays: int = 20) -> float:
+    """Seconds of one block inside a graph that holds one block for each set of inputs."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for given in inputs:
+            fused_moe(*given)
+    return _back_to_back_s(graph.replay, device, replays) / len(inputs)
+
+
+@torch.inference_mode()
+def measure_row(name: str, num_tokens: int, profile: HardwareProfile, dtype: torch.dtype) -> MoERow:
+    """Times one model's block at one number of tokens, on the profile's device."""
+    config, device = MODELS[name], torch.device(profile.device)
+    inputs = make_inputs(config, num_tokens, 8 if num_tokens <= 64 else 2, device, dtype)
+    touched = mean(len(set(given[4].flatten().tolist())) for given in inputs)
+    work = block_work(config, num_tokens, touched, dtype.itemsize)
+    limit = limit_s(work, profile.ceilings, dtype)
+    calls = max(10, min(60, int(0.2 / limit)))
+    turn = iter(range(10**9))
+    eager_s = _back_to_back_s(lambda: fused_moe(*inputs[next(turn) % len(inputs)]), device, calls)
+    fused = can_fuse(device, dtype, config.hidden_size, config.moe_intermediate_size)
+    captured_s = _captured_s(inputs, device) if fused and num_tokens <= 1024 else None
+    on_h200 = profile.key == "h200" and dtype == torch.bfloat16
+    peer_us = VLLM_US.get((name, num_tokens)) if on_h200 else None
+    return MoERow(name, num_tokens, eager_s, captured_s, limit, peer_us and peer_us / 1e6)
+
+
+def main(
+    tokens: Annotated[str, typer.Option(help="Token counts, separated by commas.")] = (
+        "1,4,16,64,256,1024,4096,16384"
+    ),
+    models: Annotated[str, typer.Option(help="Presets, by commas; default by device.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Time the fused block: achieved, limit, fraction, peer and ratio for each number of tokens."""
+    from rich.console import Console
+    from rich.table import Table
+
+    try:
+        profile = HardwareProfile.measure(device)
+    except HardwareError as error:
+        raise typer.BadParameter(str(error)) from error
+    on_cuda = profile.device.startswith("cuda")
+    names = models.split(",") if models else (list(MODELS)[:2] if on_cuda else ["TINY_MOE"])
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise typer.BadParameter(f"unknown model {unknown[0]}; expected one of {list(MODELS)}")
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    table = Table("model", "tokens", "eager µs", "captured µs", "limit µs", "fraction",
+                  "vLLM µs", "ratio", title=profile.describe())  # fmt: skip
+    for name in names:
+        for count in (int(part) for part in tokens.split(",")):
+            row = measure_row(name, count, profile, dtype)
+            values = (row.eager_s, row.captured_s, row.limit_s)
+            cells = ["" if value is None else f"{value * 1e6:.1f}" for value in values]
+            peer = "" if row.peer_s is None else f"{row.peer_s * 1e6:.0f}"
+            ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+            table.add_row(name, str(count), *cells, f"{row.fraction:.2f}", peer, ratio)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
