@@ -54,7 +54,11 @@ class Engine:
         model, config, scheduler, runner, cache, host_cache: the parts, for notebooks to look at.
         num_steps: steps that ran the model.
         offload: the tiers below the device pool, where ``config.tiers`` asks for them.
+        scheduler_type, runner_type: stages that a subclass may replace.
     """
+
+    scheduler_type: type[Scheduler] = Scheduler
+    runner_type: type[ModelRunner] = ModelRunner
 
     def __init__(
         self,
@@ -86,12 +90,12 @@ class Engine:
             num_blocks = pool_size(model.config, config, model.device, model.dtype)
         model_len = model.config.max_position_embeddings
         cost = recompute_cost_of(model.config)
-        self.scheduler = Scheduler(config.scheduler_config(num_blocks, model_len, cost))
+        self.scheduler = self.scheduler_type(config.scheduler_config(num_blocks, model_len, cost))
         self.cache = self._pool(num_blocks, on_host=False)
         self.host_cache = None
         if config.num_host_blocks:
             self.host_cache = self._pool(config.num_host_blocks, on_host=True)
-        self.runner = ModelRunner(
+        self.runner = self.runner_type(
             model, self.cache, self.scheduler.blocks, self.host_cache, config.attention_backend
         )
         self.offload = self.runner.offload = self._tiers(config.tiers)

@@ -55,8 +55,9 @@ class ModelRunner:
             the logits were not finite.
         """
         self._move_blocks(step)
-        if step.is_empty:
-            return []
+        return [] if step.is_empty else self._compute(step)
+
+    def _compute(self, step: Step) -> list[int]:
         host = self._builder.build(step, self._blocks.tables)
         if self.graphs is not None and self.graphs.fits(host):
             logits, greedy = self.graphs.run(host)

@@ -104,16 +104,29 @@ def token_weights(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return weights
 
 
-def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    numbers = [uniform(request.seed, request.num_tokens) for request in requests]
-    cumulative = token_weights(logits, requests).cumsum(-1)
+def pick(weights: Tensor, numbers: Sequence[float]) -> Tensor:
+    """Invert the cumulative distribution of each row, in vocabulary order.
+
+    Args:
+        weights: float64 [rows, vocab], unnormalised.
+        numbers: one in [0, 1) for each row.
+
+    Returns:
+        int64 [rows], never a token of weight 0.
+    """
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    draw = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * total
+    draw = torch.tensor(numbers, dtype=torch.float64, device=weights.device)[:, None] * total
     # Rounding may lift the draw to the total; the largest number below it is still a valid draw.
     draw = torch.minimum(draw, torch.nextafter(total, torch.zeros_like(total)))
     # right=True: the first token whose cumulative weight is larger, never one of weight 0.
     ids = torch.searchsorted(cumulative, draw, right=True)[:, 0]
-    return ids.clamp(max=logits.shape[1] - 1)
+    return ids.clamp(max=weights.shape[1] - 1)
+
+
+def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    numbers = [uniform(request.seed, request.num_tokens) for request in requests]
+    return pick(token_weights(logits, requests), numbers)
 
 
 def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ class Scheduler(FastForward):
 
     def schedule(self, now_s: float) -> Step:
         """Decide the next step: decodes, and prompts as the policy wants them beside or before."""
-        step = Step()
+        step = self._new_step()
         self._disturbed = False
         self._fill(step, now_s)
         if self.residency.prefix is not None and self.residency.prefix.keep_evicted:
@@ -152,6 +152,9 @@ class Scheduler(FastForward):
         return finished
 
     # ---- inside ----------------------------------------------------------------------------
+
+    def _new_step(self) -> Step:
+        return Step()
 
     def _fill(self, step: Step, now_s: float) -> None:
         prompts_apart = self.policy.max_prefill_steps > 0
