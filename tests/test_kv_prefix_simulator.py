@@ -14,6 +14,7 @@ from ch15_helpers.kv.policies import EVICTION_POLICIES, RecomputeCost
 from ch15_helpers.kv.replay import replay
 from ch15_helpers.serving.config import EngineConfig, SchedulerConfig
 from ch15_helpers.serving.content import NamedText
+from ch15_helpers.serving.conversations import mooncake_like
 from ch15_helpers.serving.distributions import Gamma, LogNormal, Uniform
 from ch15_helpers.serving.engine import Engine
 from ch15_helpers.serving.request import Request, SamplingParams
@@ -149,6 +150,12 @@ def test_synthetic_conversations_reuse_like_conversations() -> None:
     assert found.hit_blocks == possible
 
 
+def blocks_of(workload: Workload, size: int = 512) -> list[list[Any]]:
+    """What each block of each prompt says, the last one perhaps in part."""
+    texts = [(NamedText(r.segments), r.num_prompt_tokens) for r in workload]
+    return [[t.content(at, min(at + size, n)) for at in range(0, n, size)] for t, n in texts]
+
+
 @pytest.fixture(scope="module")
 def mooncake() -> list[list[int]]:
     if not MOONCAKE.exists():
@@ -171,6 +178,24 @@ def test_mooncake_hit_rate_grows_with_capacity(mooncake: list[list[int]], policy
     ]
     assert rates == sorted(rates) and rates[0] < 0.5 * rates[-1]
     assert rates[-1] == replay(part, 200_000).block_hit_rate
+
+
+def test_made_up_conversations_are_like_mooncake(mooncake: list[list[int]]) -> None:
+    trace, made_up = read_mooncake_jsonl(MOONCAKE), mooncake_like(7820, seed=1)
+    for tokens in ("prompt_tokens", "output_tokens"):
+        real, ours = (getattr(workload.stats, tokens) for workload in (trace, made_up))
+        assert ours.mean == pytest.approx(real.mean, rel=0.08)
+        assert ours.p50 == pytest.approx(real.p50, rel=0.08)
+        assert ours.p95 == pytest.approx(real.p95, rel=0.15)
+    prompts = blocks_of(made_up)
+    assert replay(prompts, 300_000).block_hit_rate == pytest.approx(0.366, abs=0.01)
+    for num_blocks in (10_000, 30_000):
+        real_rate, our_rate = (
+            replay(each[:6000], num_blocks).block_hit_rate for each in (mooncake, prompts)
+        )
+        assert our_rate == pytest.approx(real_rate, abs=0.03)
+    hour = [r for r in made_up if r.arrival_s < 3537]
+    assert len(hour) == pytest.approx(len(trace), rel=0.05)
 
 
 def test_mooncake_is_simulated_with_the_cache() -> None:

@@ -101,6 +101,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "kv_cache_management",
                 "kv_cache_management.ipynb",
                 "contiguous buffers → paged blocks with prefix sharing and cost-aware eviction",
+                validator="ch15_helpers.bench.validate_kv:validate_decode_latency",
             ),
             Target(
                 "kv_cache_nvlink_pool",
