@@ -16,6 +16,7 @@ from modelzoo import make_batch, relative_error, scrambled_tables
 from torch import Tensor
 
 from ch15_helpers import Engine, EngineConfig, SamplingParams
+from ch15_helpers.kernels import kv_quant
 from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.kernels.kv_quant import (
     decode,
@@ -153,6 +154,22 @@ def test_token_by_token_on_the_device(name: str, device: str) -> None:
     appended, scale = read(*written(name, x, [1] * 21, device), 21)
     assert ((appended - x).abs() <= bound(x, scale, name, appended=True) * (1 + 1e-5)).all()
     assert (appended - x).abs().max() > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [[1] * 21, [21], [5, 1, 1, 9, 5]])
+def test_one_launch_writes_what_torch_writes(
+    name: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = wild((21, HEADS, DIM), seed=8)
+    x[17, 1, 3] = float("inf")
+    kernel, table = written(name, x, steps, "cuda")
+    monkeypatch.setattr(kv_quant, "_can_use_triton", lambda *tensors: False)
+    plain, _ = written(name, x, steps, "cuda")
+    assert torch.equal(kernel.scales.nan_to_num(-1), plain.scales.nan_to_num(-1))
+    for block in table[:2]:
+        assert torch.equal(kernel.dequantised(block), plain.dequantised(block))
 
 
 @pytest.mark.parametrize("name", NAMES)

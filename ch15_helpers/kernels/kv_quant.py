@@ -12,6 +12,10 @@ Error of a value ``x`` against its decoded form, with the block's scale ``s``, w
 ``max(|x| / 16, s * 2**-10) + s * 2**-9`` for FP8. ``s`` is below twice the largest magnitude of
 the block and head over 127 (INT8) or 448 (FP8).
 
+How a block was filled decides its last bits. So tokens from a quantised cache may depend on how a
+prompt was split into chunks, or on whether a preempted request was computed again, where two of
+them are nearly as likely; moving and sharing blocks changes nothing.
+
 A NaN or infinity cannot be stored in INT8 and must not become an innocent number: it turns the
 block's scale for that head into NaN. What reads the block gets NaN, the engine refuses the logits,
 and the first token of the block's next owner resets the scale.
@@ -29,14 +33,18 @@ import torch
 from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.dispatch import use_triton
 
 QUANTISED_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 )
 """Names that ``EngineConfig.kv_dtype`` takes, and how their values are stored."""
 
-_EXPONENT = 0x7F800000
-_MANTISSA = 0x007FFFFF
+# The largest stored magnitude of each type, the exponent of its power of two, its mantissa bits.
+_LIMITS: Mapping[torch.dtype, tuple[float, int, int]] = MappingProxyType(
+    {torch.int8: (127.0, 6, 0x7E0000), torch.float8_e4m3fn: (448.0, 8, 0x600000)}
+)
+_MANTISSA = 0x7FFFFF
 
 
 def resolve_kv_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -67,7 +75,7 @@ def is_quantised(dtype: torch.dtype) -> bool:
 
 def largest_value(dtype: torch.dtype) -> float:
     """Largest magnitude that a stored value has before it is multiplied by its scale."""
-    return 127.0 if dtype == torch.int8 else 448.0
+    return _LIMITS[dtype][0]
 
 
 def padded_scale_bytes(num_layers: int, num_kv_heads: int, head_dim: int) -> int:
@@ -89,10 +97,12 @@ def scale_for(largest: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         float32, same shape: 0 where ``largest`` is 0, NaN where it is not finite.
     """
-    ratio = largest / largest_value(dtype)
-    # A mantissa that is not zero carries into the exponent; then the mantissa is dropped.
-    bits = (ratio.view(torch.int32) + _MANTISSA) & _EXPONENT
-    return bits.view(torch.float32).masked_fill(~largest.isfinite(), float("nan"))
+    _, exponent, mantissa = _LIMITS[dtype]
+    # Exact, without a division: a mantissa above the limit's carries into the exponent.
+    field = ((largest.view(torch.int32) + (_MANTISSA - mantissa)) >> 23) - exponent
+    field = field.clamp(min=1).masked_fill(largest == 0, 0)
+    scale = (field << 23).view(torch.float32)
+    return scale.masked_fill(~largest.isfinite(), float("nan"))
 
 
 def encode(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,6 +169,14 @@ def write_kv_quantised(
         batch: its slot mapping says where; -1 is not written. The tokens that one step writes
             into one block must be neighbours, as those of one sequence are.
     """
+    if _can_use_triton(k_cache, v_cache, k_scale, v_scale, k, v):
+        from ch15_helpers.kernels.kv_quant_triton import write_kv_quantised_triton
+
+        limit = _LIMITS[k_cache.dtype]
+        write_kv_quantised_triton(
+            k_cache, v_cache, k_scale, v_scale, k, v, batch.slot_mapping, limit
+        )
+        return
     key = ("write_kv_quantised", k_cache.shape[1])
     if key not in batch.scratch:
         batch.scratch[key] = _make_plan(batch, k_cache.shape[1])
@@ -167,6 +185,16 @@ def write_kv_quantised(
         return
     for cache, scale, values in ((k_cache, k_scale, k), (v_cache, v_scale, v)):
         _write(cache, scale, values, plan)
+
+
+def _can_use_triton(
+    k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor, k: Tensor, v: Tensor
+) -> bool:
+    same = k_cache.stride() == v_cache.stride() and k_scale.stride() == v_scale.stride()
+    if not (same and use_triton(k_cache, v_cache, k, v)):
+        return False
+    # Triton converts to E4M3 on these and later devices.
+    return k_cache.dtype == torch.int8 or torch.cuda.get_device_capability(k.device) >= (8, 9)
 
 
 @dataclass(frozen=True)
