@@ -92,9 +92,8 @@ class Engine:
         cost = recompute_cost_of(model.config)
         self.scheduler = self.scheduler_type(config.scheduler_config(num_blocks, model_len, cost))
         self.cache = self._pool(num_blocks, on_host=False)
-        self.host_cache = None
-        if config.num_host_blocks:
-            self.host_cache = self._pool(config.num_host_blocks, on_host=True)
+        host_blocks = config.num_host_blocks
+        self.host_cache = self._pool(host_blocks, on_host=True) if host_blocks else None
         self.runner = self.runner_type(
             model, self.cache, self.scheduler.blocks, self.host_cache, config.attention_backend
         )
@@ -103,9 +102,8 @@ class Engine:
             self.runner.warm_up(config.max_num_seqs)
         if config.capture_decode and can_capture(model, config.attention_backend):
             limit = self.scheduler.config.max_model_len or model_len
-            graphs = DecodeGraphs(
-                model, self.cache.pages, config.max_num_seqs, limit, self.cache.scales
-            )
+            pages, scales = self.cache.pages, self.cache.scales
+            graphs = DecodeGraphs(model, pages, config.max_num_seqs, limit, scales)
             graphs.capture()
             self.runner.graphs = graphs
         self._num_requests = 0
