@@ -11,6 +11,7 @@ from test_kernels_moe import dense_float64, make, relative_error
 from ch15_helpers import Engine, EngineConfig, SamplingParams, load_model
 from ch15_helpers.kernels.fused_moe import fused_moe, fused_moe_torch
 from ch15_helpers.kernels.moe_permute import _sort_reference, max_tiles, sort_by_expert
+from ch15_helpers.kernels.moe_route import route_topk
 
 pytestmark = [
     pytest.mark.cuda,
@@ -45,7 +46,7 @@ def plans(dtype):
         MoEPlan("tile", m, n, k, 3) for m, n, k in ((16, 64, 128), (32, 64, 64), (64, 64, 128))
     ]
     hopper = torch.cuda.get_device_capability()[0] == 9
-    wide = [MoEPlan("wide"), MoEPlan("wide", splits=2, gather=False)] if hopper else []
+    wide = [MoEPlan("wide"), MoEPlan("wide", gather=False)] if hopper else []
     return [MoEPlan("vector", block_n=4, block_k=64), *tiles, *wide]
 
 
@@ -98,6 +99,40 @@ def test_the_device_sorts_as_the_reference_does(tokens):
         for _, first, rows in order.tiles[:count, :3].tolist():
             stop = -(-(first + rows) // align) * align
             assert torch.equal(order.rows[first:stop].cpu(), expected.rows[first:stop])
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 2), (33, 128, 8), (9, 60, 4)])
+def test_the_router_chooses_as_torch_does(tokens, experts, top_k, normalise):
+    logits = torch.randn(tokens, experts, device="cuda")
+    weights, ids = route_topk(logits, top_k, normalise)
+    expected, expected_ids = route_topk(logits.cpu(), top_k, normalise)
+    assert torch.equal(ids.cpu(), expected_ids)
+    assert torch.allclose(weights.cpu(), expected, atol=1e-6)
+
+
+def test_the_router_gives_distinct_experts_to_ties_and_nan():
+    logits = torch.zeros(3, 8, device="cuda")
+    logits[1, 3], logits[2] = float("nan"), float("nan")
+    weights, ids = route_topk(logits, 3, True)
+    assert all(len(set(row)) == 3 and max(row) < 8 for row in ids.tolist())
+    assert weights[1:].isnan().all()
+    assert torch.allclose(weights[0], torch.full_like(weights[0], 1 / 3))
+
+
+def test_plans_follow_the_rows_of_an_expert():
+    from ch15_helpers.kernels.fused_moe_triton import choose_plan
+
+    def kind(tokens, top_k, experts, dtype=torch.bfloat16, wide=True):
+        plan = choose_plan(tokens, top_k, experts, dtype, wide)
+        return plan.kind, plan.block_m if plan.kind == "tile" else None
+
+    assert kind(1, 2, 8) == kind(4, 8, 128) == ("vector", None)
+    assert kind(64, 8, 128) == ("tile", 16)
+    assert kind(64, 2, 8) == ("tile", 32)
+    assert kind(1024, 8, 128) == kind(128, 2, 8) == ("wide", None)
+    assert kind(16384, 2, 8, wide=False) == ("tile", 64)
+    assert kind(16384, 2, 8, dtype=torch.float32) == ("tile", 32)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1500])

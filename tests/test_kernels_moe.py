@@ -10,6 +10,7 @@ import torch
 from ch15_helpers.kernels.fused_moe import can_fuse, fused_moe
 from ch15_helpers.kernels.linear import linear
 from ch15_helpers.kernels.moe_permute import max_tiles, sort_by_expert
+from ch15_helpers.kernels.moe_route import route_topk
 from ch15_helpers.kernels.swiglu import swiglu
 
 # (tokens, top k, experts, hidden, inner): each of the CPU's three ways, sizes that are not powers
@@ -102,6 +103,15 @@ def test_ties_of_the_router_choose_one_set_of_experts(tiny_moe):
     weights, ids = block.route(torch.zeros(5, 64, device=tiny_moe.device))
     assert all(len(set(row)) == 2 for row in ids.tolist())
     assert torch.allclose(weights, torch.full_like(weights, 0.5))
+
+
+def test_the_router_keeps_experts_distinct_between_nan_and_ties():
+    logits = torch.zeros(3, 8)
+    logits[1, 3], logits[2] = float("nan"), float("nan")
+    weights, ids = route_topk(logits, 3, normalise=True)
+    assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 8 for row in ids.tolist())
+    assert weights[1:].isnan().all()
+    assert not weights[0].isnan().any()
 
 
 @pytest.mark.parametrize(("align", "tile"), [(1, 1), (16, 16), (16, 64), (64, 128)])

@@ -35,7 +35,7 @@ HALF = 64  # rows of one group of warps; experts start at multiples of it
 TILE = 2 * HALF
 _BLOCK_N, _BLOCK_K = 256, 64
 _STAGES = 4
-_GROUP_TILES = 16  # tiles that share a block of weights while it is in the cache
+_GROUP_TILES = 8  # tiles that share a block of weights while it is in the cache
 _MAX_REGISTERS = 168  # 12 warps share 65536
 
 
@@ -60,12 +60,28 @@ def _post(items, item_free, item_posted, item, turn):
 
 
 @gluon.jit
+def _token_rows(a, row, wanted, ROWS: gl.constexpr, TOP_K: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where the tokens of sorted rows ``row`` onward begin, and which rows are no padding."""
+    a_ptr, rows_ptr, num_pairs, stride = a
+    lane = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    pair = gl.load(rows_ptr + row + lane, mask=wanted & (lane >= 0), other=num_pairs)
+    return a_ptr + (pair // TOP_K).to(gl.int64) * stride, pair < num_pairs
+
+
+@gluon.jit
+def _gather_rows(buffer, row_ptr, real, column):
+    async_copy.async_copy_global_to_shared(
+        buffer, row_ptr[:, None] + column[None, :], mask=real[:, None]
+    )
+
+
+@gluon.jit
 def _copy_warps(a, descs, buffers, bars, sizes, tiles_ptr, claims_ptr, GATHER: gl.constexpr,
-                TOP_K: gl.constexpr, GROUP: gl.constexpr, SPLITS: gl.constexpr):  # fmt: skip
+                TOP_K: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     w_desc, _ = descs
     a_bufs, w_bufs, _, items = buffers
     empty, ready, item_free, item_posted = bars
-    num_tiles, num_blocks, steps, _ = sizes
+    num_tiles, num_blocks, steps = sizes
     STAGES: gl.constexpr = w_bufs.type.shape[0]
     ROWS: gl.constexpr = a_bufs.type.shape[1]
     BLOCK_K: gl.constexpr = a_bufs.type.shape[2]
@@ -74,46 +90,36 @@ def _copy_warps(a, descs, buffers, bars, sizes, tiles_ptr, claims_ptr, GATHER: g
     W_BYTES: gl.constexpr = w_desc.block_type.nbytes
     # Eight threads copy the 128 bytes of a row, 16 bytes each.
     TILE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    num_items = num_tiles * num_blocks * SPLITS
+    num_items = num_tiles * num_blocks
     item = gl.program_id(0)
     turn, count = 0, 0
     while item < num_items:
         _post(items, item_free, item_posted, item, turn)
         # Claimed early: the answer comes while this item's copies are started.
         claimed = gl.atomic_add(claims_ptr, 1)
-        expert, row, valid, column = _locate(item, num_tiles, num_blocks * SPLITS, tiles_ptr, GROUP)
+        expert, row, valid, column = _locate(item, num_tiles, num_blocks, tiles_ptr, GROUP)
         both = valid > ROWS
         if GATHER:
-            a_ptr, rows_ptr, num_pairs, stride = a
-            k_lane = gl.arange(0, BLOCK_K, gl.SliceLayout(0, TILE))
-            lane = gl.arange(0, ROWS, gl.SliceLayout(1, TILE))
-            low = gl.load(rows_ptr + row + lane)
-            high = gl.load(rows_ptr + row + ROWS + lane, mask=both & (lane >= 0), other=num_pairs)
-            low_ptr = a_ptr + (low // TOP_K).to(gl.int64) * stride
-            high_ptr = a_ptr + (high // TOP_K).to(gl.int64) * stride
+            low_ptr, low_real = _token_rows(a, row, True, ROWS, TOP_K, TILE)
+            high_ptr, high_real = _token_rows(a, row + ROWS, both, ROWS, TOP_K, TILE)
         for step in range(steps):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
             bar = ready.index(stage)
-            k = (column % SPLITS * steps + step) * BLOCK_K
+            k = step * BLOCK_K
             if GATHER:
                 mbarrier.expect(bar, W_BYTES)
             else:
                 mbarrier.expect(bar, W_BYTES + A_BYTES, pred=not both)
                 mbarrier.expect(bar, W_BYTES + 2 * A_BYTES, pred=both)
             tma.async_copy_global_to_shared(
-                w_desc, [expert, 0, column // SPLITS * COLUMNS, k], bar, w_bufs.index(stage)
+                w_desc, [expert, 0, column * COLUMNS, k], bar, w_bufs.index(stage)
             )
             if GATHER:
-                async_copy.async_copy_global_to_shared(
-                    a_bufs.index(2 * stage), low_ptr[:, None] + (k + k_lane)[None, :],
-                    mask=(low < num_pairs)[:, None],
-                )  # fmt: skip
+                a_column = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, TILE))
+                _gather_rows(a_bufs.index(2 * stage), low_ptr, low_real, a_column)
                 if both:
-                    async_copy.async_copy_global_to_shared(
-                        a_bufs.index(2 * stage + 1), high_ptr[:, None] + (k + k_lane)[None, :],
-                        mask=(high < num_pairs)[:, None],
-                    )  # fmt: skip
+                    _gather_rows(a_bufs.index(2 * stage + 1), high_ptr, high_real, a_column)
                 # Each thread arrives when its own copies have landed.
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             else:
@@ -148,23 +154,23 @@ def _write(out_desc, out_buf, value, row, column):
 @gluon.jit
 def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
                     GATHER: gl.constexpr, SWIGLU: gl.constexpr, GROUP: gl.constexpr,
-                    SPLITS: gl.constexpr, LAYOUT: gl.constexpr,
+                    LAYOUT: gl.constexpr,
                     W_LAYOUT: gl.constexpr):  # fmt: skip
     w_desc, out_desc = descs
     a_bufs, w_bufs, out_bufs, items = buffers
     empty, ready, item_free, item_posted = bars
-    num_tiles, num_blocks, steps, capacity = sizes
+    num_tiles, num_blocks, steps = sizes
     STAGES: gl.constexpr = w_bufs.type.shape[0]
     ROWS: gl.constexpr = a_bufs.type.shape[1]
     BLOCK_K: gl.constexpr = a_bufs.type.shape[2]
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[1] * w_desc.block_type.shape[2]
     OUT_N: gl.constexpr = out_desc.block_type.shape[1]
     out_buf = out_bufs.index(WHICH)
-    num_items = num_tiles * num_blocks * SPLITS
+    num_items = num_tiles * num_blocks
     item = _next_item(items, item_free, item_posted, 0)
     turn, count = 1, 0
     while item < num_items:
-        _, row, valid, column = _locate(item, num_tiles, num_blocks * SPLITS, tiles_ptr, GROUP)
+        _, row, valid, column = _locate(item, num_tiles, num_blocks, tiles_ptr, GROUP)
         if valid > WHICH * ROWS:
             acc = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
             for step in range(steps):
@@ -184,8 +190,7 @@ def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
             acc = warpgroup_mma_wait(0, (acc,))
             mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))
             low, high = gl.split(acc.reshape((ROWS, 2, BLOCK_N // 2)).permute((0, 2, 1)))
-            row += WHICH * ROWS + column % SPLITS * capacity
-            column = column // SPLITS
+            row += WHICH * ROWS
             if SWIGLU:
                 h = low / (1.0 + gl.exp(-low)) * high
                 _write(out_desc, out_buf, h.to(out_desc.dtype), row, column * OUT_N)
@@ -203,11 +208,11 @@ def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_blocks", "steps", "capacity", "num_pairs"])
+@gluon.jit(do_not_specialize=["num_blocks", "steps", "num_pairs"])
 def _grouped_gemm_kernel(
     a_desc, a_ptr, rows_ptr, w_desc, out_desc, tiles_ptr, counters_ptr,
-    num_pairs, stride, num_blocks, steps, capacity,
-    GATHER: gl.constexpr, TOP_K: gl.constexpr, SWIGLU: gl.constexpr, SPLITS: gl.constexpr,
+    num_pairs, stride, num_blocks, steps,
+    GATHER: gl.constexpr, TOP_K: gl.constexpr, SWIGLU: gl.constexpr,
     ROWS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -236,7 +241,7 @@ def _grouped_gemm_kernel(
     descs = (w_desc, out_desc)
     buffers = (a_bufs, w_bufs, out_bufs, items)
     bars = (empty, ready, item_free, item_posted)
-    sizes = (gl.load(counters_ptr), num_blocks, steps, capacity)
+    sizes = (gl.load(counters_ptr), num_blocks, steps)
     if GATHER:
         a = (a_ptr, rows_ptr, num_pairs, stride)
     else:
@@ -250,11 +255,11 @@ def _grouped_gemm_kernel(
     gl.warp_specialize(
         [
             (_multiply_warps, (descs, buffers, bars, sizes, tiles_ptr,
-                               first, GATHER, SWIGLU, GROUP, SPLITS, LAYOUT, W_LAYOUT)),
+                               first, GATHER, SWIGLU, GROUP, LAYOUT, W_LAYOUT)),
             (_multiply_warps, (descs, buffers, bars, sizes, tiles_ptr,
-                               second, GATHER, SWIGLU, GROUP, SPLITS, LAYOUT, W_LAYOUT)),
+                               second, GATHER, SWIGLU, GROUP, LAYOUT, W_LAYOUT)),
             (_copy_warps, (a, descs, buffers, bars, sizes, tiles_ptr, claims_ptr,
-                           GATHER, TOP_K, GROUP, SPLITS)),
+                           GATHER, TOP_K, GROUP)),
         ],
         [4, COPY_WARPS],
         [MULTIPLY_REGISTERS, COPY_REGISTERS],
@@ -279,7 +284,7 @@ def can_gather(x: Tensor) -> bool:
 
 def grouped_gemm(
     a: Tensor, weight: Tensor, order: ExpertOrder, *, swiglu: bool, processors: int,
-    top_k: int = 0, splits: int = 1, group: int = _GROUP_TILES, stages: int = _STAGES,
+    top_k: int = 0, group: int = _GROUP_TILES, stages: int = _STAGES,
 ) -> Tensor:  # fmt: skip
     """Products of sorted rows with their experts' weights, the activation fused in.
 
@@ -288,27 +293,24 @@ def grouped_gemm(
             tokens' rows [num_tokens, K], which the kernel then gathers (see ``can_gather``).
         weight: [num_experts, N, K], contiguous; gate rows before up rows when ``swiglu``.
         order: starts aligned to ``HALF``, tiles of ``TILE`` rows, counters not yet used.
-        splits: parts into which each sum over K is cut, more work items when there are few.
 
     Returns:
-        [splits, capacity, N], to be added up; or with ``swiglu`` [1, capacity, N / 2]:
-        ``silu(gate) * up``.
+        [capacity, N]; with ``swiglu`` [capacity, N / 2]: ``silu(gate) * up``.
     """
     num_experts, rows, depth = weight.shape
     parts = 2 if swiglu else 1
     columns = rows // parts
-    capacity = order.capacity
-    out = a.new_empty((splits, capacity, columns))
+    out = a.new_empty((order.capacity, columns))
     w_view = weight.view(num_experts, parts, columns, depth)
-    out_desc = _describe(out.view(-1, columns), HALF, _BLOCK_N // 2)
+    out_desc = _describe(out, HALF, _BLOCK_N // 2)
     _grouped_gemm_kernel[(processors,)](
         None if top_k else _describe(a, HALF, _BLOCK_K),
         a if top_k else None, order.rows if top_k else None,
         _describe(w_view, 1, parts, _BLOCK_N // parts, _BLOCK_K), out_desc,
         order.tiles, order.counters, order.positions.shape[0], a.stride(0),
         triton.cdiv(columns, _BLOCK_N // parts),
-        triton.cdiv(triton.cdiv(depth, _BLOCK_K), splits), capacity,
-        GATHER=top_k > 0, TOP_K=top_k, SWIGLU=swiglu, SPLITS=splits, ROWS=HALF, BLOCK_K=_BLOCK_K,
+        triton.cdiv(depth, _BLOCK_K),
+        GATHER=top_k > 0, TOP_K=top_k, SWIGLU=swiglu, ROWS=HALF, BLOCK_K=_BLOCK_K,
         STAGES=stages, GROUP=group, num_warps=4, maxnreg=_MAX_REGISTERS,
     )  # fmt: skip
     return out

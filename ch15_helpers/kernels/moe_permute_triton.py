@@ -108,8 +108,8 @@ def _gather_kernel(x_ptr, out_ptr, positions_ptr, stride_x, hidden,
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _combine_kernel(y_ptr, out_ptr, positions_ptr, weights_ptr, hidden, stride_split,
-                    SPLITS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _combine_kernel(y_ptr, out_ptr, positions_ptr, weights_ptr, hidden,
+                    TOP_K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < hidden
@@ -117,11 +117,8 @@ def _combine_kernel(y_ptr, out_ptr, positions_ptr, weights_ptr, hidden, stride_s
     for j in tl.static_range(TOP_K):
         row = tl.load(positions_ptr + token * TOP_K + j).to(tl.int64)
         weight = tl.load(weights_ptr + token * TOP_K + j).to(tl.float32)
-        y = tl.zeros([BLOCK], tl.float32)
-        for split in tl.static_range(SPLITS):
-            part = y_ptr + split * stride_split + row * hidden + column
-            y += tl.load(part, mask=mask & (row >= 0), other=0.0).to(tl.float32)
-        total += tl.where(row >= 0, weight, 0.0) * y
+        y = tl.load(y_ptr + row * hidden + column, mask=mask & (row >= 0), other=0.0)
+        total += tl.where(row >= 0, weight, 0.0) * y.to(tl.float32)
     tl.store(out_ptr + token * hidden + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -133,8 +130,8 @@ def sort_by_expert_triton(
     new = experts.new_empty
     rows, positions = new(capacity, dtype=torch.int32), new(num_pairs, dtype=torch.int32)
     tiles, counters = new((max_tiles, 4), dtype=torch.int32), new(3, dtype=torch.int32)
-    # One program ranks 8 blocks in the time that a second launch and its table would take.
-    chunks = 1 if num_pairs <= 8 * _BLOCK else min(_MAX_CHUNKS, num_pairs // (2 * _BLOCK))
+    # One program ranks 4 blocks in the time that a second launch and its table would take.
+    chunks = 1 if num_pairs <= 4 * _BLOCK else min(_MAX_CHUNKS, num_pairs // _BLOCK)
     chunk = triton.cdiv(triton.cdiv(num_pairs, chunks), _BLOCK) * _BLOCK
     chunks = max(1, triton.cdiv(num_pairs, chunk))
     e_pad = max(16, triton.next_power_of_2(num_experts))
@@ -165,13 +162,13 @@ def combine_triton(y: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
     """Sums each token's rows of ``y`` by their weights, in order of choice: [num_tokens, hidden].
 
     Args:
-        y: [splits, capacity, hidden], rows sorted by expert; splits are added up first.
+        y: [capacity, hidden], rows sorted by expert.
         positions: int32 [num_tokens * top_k], row of each pair, -1 where there is none.
         weights: float32 [num_tokens, top_k].
     """
-    (num_tokens, top_k), (splits, _, hidden) = weights.shape, y.shape
+    (num_tokens, top_k), hidden = weights.shape, y.shape[1]
     out = y.new_empty((num_tokens, hidden))
     block = min(1024, triton.next_power_of_2(hidden))
     grid = (num_tokens, triton.cdiv(hidden, block))
-    _combine_kernel[grid](y, out, positions, weights, hidden, y.stride(0), splits, top_k, block)
+    _combine_kernel[grid](y, out, positions, weights, hidden, top_k, block)
     return out

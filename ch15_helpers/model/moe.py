@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ch15_helpers.kernels.fused_moe import can_fuse, fused_moe
 from ch15_helpers.kernels.linear import linear
+from ch15_helpers.kernels.moe_route import route_topk
 from ch15_helpers.model.config import ModelConfig
 
 
@@ -42,11 +43,8 @@ class MoEBlock:
         Returns:
             weights float32 [N, k] and expert indices int64 [N, k].
         """
-        scores = linear(x, self.router).float().softmax(dim=-1)
-        weights, experts = scores.topk(self.config.num_experts_per_tok, dim=-1)
-        if self.config.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights, experts
+        logits = linear(x, self.router)
+        return route_topk(logits, self.config.num_experts_per_tok, self.config.norm_topk_prob)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, hidden] to [N, hidden]."""
