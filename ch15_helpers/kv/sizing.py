@@ -97,10 +97,11 @@ class KVFormat:
 
 FLOAT32 = KVFormat("float32", 4)
 BFLOAT16 = KVFormat("bfloat16", 2)
+FLOAT16 = KVFormat("float16", 2)
 FP8_E4M3 = KVFormat("fp8_e4m3", 1, 4)
 INT8 = KVFormat("int8", 1, 4)
 FORMATS: Mapping[str, KVFormat] = MappingProxyType(
-    {f.name: f for f in (FLOAT32, BFLOAT16, FP8_E4M3, INT8)}
+    {f.name: f for f in (FLOAT32, BFLOAT16, FLOAT16, FP8_E4M3, INT8)}
 )
 
 PUBLISHED_SHAPES: Mapping[str, KVShape] = MappingProxyType(
@@ -308,7 +309,7 @@ def exposed_handoff_s(transfer_s: float, compute_s: float, num_layers: int) -> f
     """What a handoff adds to the prefill when each layer is sent while the next is computed.
 
     Layers of equal size: the last one's transfer is never hidden, and a slow link hides no more
-    than the computation of the layers after the first (Splitwise, ISCA 2024, section 4.2).
+    than the computation of the layers after the first (as in Splitwise, ISCA 2024).
     """
     if num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, got {num_layers}")
