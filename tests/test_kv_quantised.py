@@ -31,6 +31,7 @@ from ch15_helpers.kernels.kv_quant import (
 from ch15_helpers.kernels.paged_attention import paged_attention
 from ch15_helpers.kv.cache import PagedKVCache, num_blocks_for_memory, swap_blocks
 from ch15_helpers.kv.quantised import QuantisedKVCache, make_kv_cache
+from ch15_helpers.kv.tier_config import TierConfig
 from ch15_helpers.model.config import SMOLLM2_135M, TINY
 
 NAMES = ["int8", "fp8_e4m3"]
@@ -339,6 +340,36 @@ def test_engine_gives_the_same_tokens_another_way(
     got = serve(tiny, kv_dtype=name, **way)
     same = [a == b for a, b in zip(got, expected, strict=True)]
     assert all(same) if "preemption" in way else sum(same) >= 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cached_and_promoted_blocks_keep_their_scales(tiny: Any, name: str) -> None:
+    """Prefixes come back from the pool or, pushed out of it, from the host; same tokens."""
+    prompts = [[seed, *range(seed, seed + 60)] for seed in (3, 70, 140, 210)]
+    config = EngineConfig(
+        block_size=8,
+        num_blocks=24,
+        kv_dtype=name,
+        enable_prefix_caching=True,
+        tiers=TierConfig(host_blocks=64),
+    )
+    engine = Engine(tiny, config)
+    plain = Engine(tiny, dataclasses.replace(config, enable_prefix_caching=False, tiers=None))
+    short = SamplingParams(max_tokens=4, ignore_eos=True)
+    hits = 0
+    for _ in range(2):
+        for prompt in prompts:
+            output = engine.generate([prompt], short)[0]
+            assert output.token_ids == plain.generate([prompt], short)[0].token_ids
+            hits += output.metrics.num_cached_tokens
+    assert hits >= 4 * 48  # the second round computes little
+    engine.check_invariants()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pool_is_sized_for_the_type(tiny: Any, name: str) -> None:
+    engine = Engine(tiny, EngineConfig(max_num_seqs=1, max_model_len=64, kv_dtype=name))
+    assert engine.cache.dtype == DTYPES[name] and engine.cache.num_blocks == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
