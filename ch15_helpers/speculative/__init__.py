@@ -1,0 +1,1 @@
+"""Speculative decoding: cheap guesses at the next tokens, verified together in one step."""
