@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from test_kernels_moe import dense_float64, make, relative_error
+from test_kernels_moe import dense_float64, in_fp8, make, relative_error
 
 from ch15_helpers import Engine, EngineConfig, SamplingParams, load_model
 from ch15_helpers.kernels.fused_moe import fused_moe, fused_moe_torch
@@ -99,6 +99,25 @@ def test_the_device_sorts_as_the_reference_does(tokens):
         for _, first, rows in order.tiles[:count, :3].tolist():
             stop = -(-(first + rows) // align) * align
             assert torch.equal(order.rows[first:stop].cpu(), expected.rows[first:stop])
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 8, 160, 144), (90, 2, 8, 288, 208), (700, 2, 4, 256, 384)]
+)
+def test_fp8_experts_equal_the_weights_they_stand_for(shape):
+    from ch15_helpers.kernels.fused_moe_triton import MoEPlan, fused_moe_triton
+
+    x, gate_up, down, weights, ids = on_gpu(*shape)
+    values, scales, wide = in_fp8(gate_up, down)
+    x = x.bfloat16()
+    expected = dense_float64(x, *wide, weights, ids)
+    ways = [MoEPlan("vector", block_n=2, block_k=256), MoEPlan("tile"), MoEPlan("tile", block_m=64)]
+    if torch.cuda.get_device_capability()[0] == 9:
+        ways.append(MoEPlan("wide"))
+    for plan in ways:
+        out = fused_moe_triton(x, *values, weights, ids, scales, plan)
+        assert relative_error(out, expected) < BOUND[torch.bfloat16], plan
+    assert relative_error(fused_moe(x, *values, weights, ids, scales), expected) < 8e-3
 
 
 @pytest.mark.parametrize("normalise", [True, False])

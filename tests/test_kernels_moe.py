@@ -9,6 +9,7 @@ import torch
 
 from ch15_helpers.kernels.fused_moe import can_fuse, fused_moe
 from ch15_helpers.kernels.linear import linear
+from ch15_helpers.kernels.moe_fp8 import dequantise_blocks, quantise_blocks
 from ch15_helpers.kernels.moe_permute import max_tiles, sort_by_expert
 from ch15_helpers.kernels.moe_route import route_topk
 from ch15_helpers.kernels.swiglu import swiglu
@@ -154,6 +155,44 @@ def test_only_aligned_rows_on_cuda_can_be_captured(tiny_moe):
     assert not can_fuse(torch.device("cuda"), torch.float64, 64, 48)
     assert not can_fuse(torch.device("cuda"), torch.bfloat16, 64, 44)
     assert tiny_moe.layers[0].mlp.can_capture == (tiny_moe.device.type == "cuda")
+
+
+def in_fp8(gate_up, down):
+    """((values, values), (scales, scales), (weights that they stand for) x 2), CPU or CUDA."""
+    halves = gate_up.view(gate_up.shape[0], 2, -1, gate_up.shape[2])
+    (gate_up8, gate_up_scale), (down8, down_scale) = quantise_blocks(halves), quantise_blocks(down)
+    wide = dequantise_blocks(gate_up8, gate_up_scale, torch.float32).flatten(1, 2)
+    scales = (gate_up_scale, down_scale)
+    return (
+        (gate_up8.view(gate_up.shape), down8),
+        scales,
+        (wide, dequantise_blocks(down8, down_scale, torch.float32)),
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8, 64, 48), (40, 2, 8, 256, 128), (9, 3, 4, 288, 130)])
+def test_fp8_experts_equal_the_weights_they_stand_for(shape):
+    x, gate_up, down, weights, ids = make(*shape)
+    values, scales, wide = in_fp8(gate_up, down)
+    out = fused_moe(x, *values, weights, ids, scales)
+    assert relative_error(out, dense_float64(x, *wide, weights, ids)) < 1e-6
+    ids[0, 0] = -1
+    out = fused_moe(x, *values, weights, ids, scales)
+    assert relative_error(out, dense_float64(x, *wide, weights, ids)) < 1e-6
+
+
+def test_fp8_blocks_keep_their_own_range():
+    """E4M3 has three bits after the point: half a step is 1/16 of a value, in every block."""
+    weight = torch.randn(3, 200, 300, generator=torch.Generator().manual_seed(0))
+    weight[0, :128, :128] *= 1e4
+    weight[1, 128:, 128:256] = 0
+    values, scales = quantise_blocks(weight)
+    assert values.shape == weight.shape
+    assert scales.shape == (3, 2, 3)
+    error = (dequantise_blocks(values, scales, torch.float32) - weight).abs()
+    subnormal = scales.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :200, :300] * 2**-10
+    assert (error <= weight.abs() / 16 + subnormal * 1.01).all()
+    assert values.float().abs().amax(dim=(1, 2)).tolist() == [448.0] * 3
 
 
 def looped_moe(x, gate_up, down, weights, ids):

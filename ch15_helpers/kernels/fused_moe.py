@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, grouped_mm, silu
 
 from ch15_helpers.kernels.dispatch import triton_installed, use_triton
+from ch15_helpers.kernels.moe_fp8 import FP8, dequantise_blocks
 from ch15_helpers.kernels.swiglu import swiglu
 
-_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, FP8)
 # Below this many bytes of weights, copying one expert's weights for each pair and a single batched
 # product cost less than sorting. Measured on one AVX-512 thread, 8 experts of 64 x 48, top 2 (µs,
 # loop, copies, grouped): 1 token 53, 20, 51; 8 tokens 183, 44, 60. 32 experts of 128 x 64, top 4:
@@ -27,15 +28,25 @@ _CACHED_BYTES = 512 * 1024
 
 
 def can_fuse(device: torch.device, dtype: torch.dtype, hidden: int, inner: int) -> bool:
-    """Whether the Triton kernels take such experts: nothing then waits for the host.
+    """Whether the Triton kernels take experts of this type: nothing then waits for the host.
 
-    Bulk copies need rows of whole 16 bytes.
+    Bulk copies need rows of whole 16 bytes, FP8 needs a GPU that knows it.
     """
     aligned = all(size * dtype.itemsize % 16 == 0 for size in (hidden, inner))
-    return device.type == "cuda" and triton_installed() and dtype in _FUSED_DTYPES and aligned
+    known = device.type == "cuda" and triton_installed() and dtype in _FUSED_DTYPES
+    if known and dtype == FP8:
+        known = torch.cuda.get_device_capability(device) >= (8, 9)
+    return known and aligned
 
 
-def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+def fused_moe(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Each token through its experts: ``sum_j weights[t, j] * expert_j(x[t])``.
 
     An expert is ``down @ (silu(gate @ x) * (up @ x))``.
@@ -47,6 +58,8 @@ def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts
         weights: float32 [num_tokens, top_k].
         experts: int64 or int32 [num_tokens, top_k]. An id outside ``0..num_experts-1`` belongs
             to another rank and adds nothing.
+        scales: of gate_up [num_experts, 2, inner blocks, hidden blocks] and of down, when both
+            are FP8: see :func:`ch15_helpers.kernels.moe_fp8.quantise_blocks`.
 
     Returns:
         [num_tokens, hidden] in ``x``'s type. Sums run in order of choice, so equal inputs give
@@ -55,17 +68,24 @@ def fused_moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts
     if x.shape[0] == 0:
         return torch.empty_like(x)
     hidden, inner = down.shape[1:]
-    if use_triton(x, gate_up, down) and can_fuse(x.device, x.dtype, hidden, inner):
+    if use_triton(x, gate_up, down) and can_fuse(x.device, down.dtype, hidden, inner):
         from ch15_helpers.kernels.fused_moe_triton import fused_moe_triton
 
-        return fused_moe_triton(x, gate_up, down, weights, experts)
-    return fused_moe_torch(x, gate_up, down, weights, experts)
+        return fused_moe_triton(x, gate_up, down, weights, experts, scales)
+    return fused_moe_torch(x, gate_up, down, weights, experts, scales)
 
 
 def fused_moe_torch(
-    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """:func:`fused_moe` in torch operations: the CPU's path, and the portable reference."""
+    if scales is not None:
+        gate_up, down, experts = _dequantise_used(gate_up, down, scales, experts, x.dtype)
     num_experts, inner = down.shape[0], down.shape[2]
     flat = experts.flatten()
     lowest, highest = (int(bound) for bound in flat.aminmax())
@@ -88,6 +108,24 @@ def fused_moe_torch(
     else:
         y = _each_expert(rows, gate_up, down, counts.tolist())
     return _combine(y, positions.view(experts.shape), weights)
+
+
+def _dequantise_used(
+    gate_up: Tensor,
+    down: Tensor,
+    scales: tuple[Tensor, Tensor],
+    experts: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts in use in ``dtype``, and the ids by which they go there; others' ids are -1."""
+    num_experts, hidden, inner = down.shape
+    ours = (experts >= 0) & (experts < num_experts)
+    used, ids = torch.unique(torch.where(ours, experts, 0), return_inverse=True)
+    halves = gate_up.view(num_experts, 2, inner, hidden)
+    # Bytes are gathered as integers: torch has no indexing of FP8 on every device.
+    picked = [w.view(torch.uint8)[used].view(w.dtype) for w in (halves, down)]
+    wide = [dequantise_blocks(w, s[used], dtype) for w, s in zip(picked, scales, strict=True)]
+    return wide[0].flatten(1, 2), wide[1], torch.where(ours, ids, -1)
 
 
 def _can_group(*weights: Tensor) -> bool:

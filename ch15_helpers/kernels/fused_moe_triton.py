@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ch15_helpers.kernels.moe_fp8 import BLOCK, dequantise_blocks
 from ch15_helpers.kernels.moe_permute import ExpertOrder, sort_by_expert
 from ch15_helpers.kernels.moe_permute_triton import combine_triton, gather_rows_triton
 
@@ -33,8 +34,9 @@ _VARYING = ("num_pairs", "stride_x")
 
 @triton.jit
 def _vector_gate_up_kernel(
-    x_ptr, w_ptr, h_ptr, ids_ptr, stride_x, hidden, inner,
+    x_ptr, w_ptr, scale_ptr, h_ptr, ids_ptr, stride_x, hidden, inner,
     E: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
@@ -50,8 +52,15 @@ def _vector_gate_up_kernel(
         mask = (n < inner)[:, None] & (k < hidden)[None, :]
         x = tl.load(x_ptr + k, mask=k < hidden, other=0.0).to(tl.float32)[None, :]
         w = w_rows[:, None] + k[None, :]
-        gate += tl.load(w, mask=mask, other=0.0).to(tl.float32) * x
-        up += tl.load(w + inner * hidden, mask=mask, other=0.0).to(tl.float32) * x
+        x_gate, x_up = x, x
+        if SCALE:
+            row = expert * 2 * tl.cdiv(inner, SCALE) + tl.program_id(0) * ROWS // SCALE
+            scale = scale_ptr + row * tl.cdiv(hidden, SCALE) + (k // SCALE)[None, :]
+            x_gate = x * tl.load(scale, mask=(k < hidden)[None, :], other=0.0)
+            scale += tl.cdiv(inner, SCALE) * tl.cdiv(hidden, SCALE)
+            x_up = x * tl.load(scale, mask=(k < hidden)[None, :], other=0.0)
+        gate += tl.load(w, mask=mask, other=0.0).to(tl.float32) * x_gate
+        up += tl.load(w + inner * hidden, mask=mask, other=0.0).to(tl.float32) * x_up
     g = tl.sum(gate, 1)
     h = g * tl.sigmoid(g) * tl.sum(up, 1)
     tl.store(h_ptr + pair * inner + n, h.to(h_ptr.dtype.element_ty), mask=n < inner)
@@ -59,8 +68,9 @@ def _vector_gate_up_kernel(
 
 @triton.jit
 def _vector_down_kernel(
-    h_ptr, w_ptr, out_ptr, ids_ptr, weights_ptr, hidden, inner,
+    h_ptr, w_ptr, scale_ptr, out_ptr, ids_ptr, weights_ptr, hidden, inner,
     E: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -75,17 +85,31 @@ def _vector_down_kernel(
                 k = start + tl.arange(0, BLOCK_K)
                 mask = (n < hidden)[:, None] & (k < inner)[None, :]
                 h = tl.load(h_ptr + pair * inner + k, mask=k < inner, other=0.0).to(tl.float32)
+                if SCALE:
+                    row = expert * tl.cdiv(hidden, SCALE) + tl.program_id(0) * ROWS // SCALE
+                    scale = scale_ptr + row * tl.cdiv(inner, SCALE) + k // SCALE
+                    h *= tl.load(scale, mask=k < inner, other=0.0)
                 w = tl.load(w_rows[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
                 total += w * (weight * h)[None, :]
     out = tl.sum(total, 1).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * hidden + n, out, mask=n < hidden)
 
 
+@triton.jit
+def _add_product(acc, w, a, scale, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    if SCALE:
+        acc += tl.dot(w.to(a.dtype), a, input_precision=PRECISION) * scale
+    else:
+        acc = tl.dot(w, a, acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _tile_kernel(
-    a_ptr, w_desc, out_ptr, rows_ptr, tiles_ptr, counters_ptr, num_pairs, stride_a, depth, columns,
+    a_ptr, w_desc, scale_ptr, out_ptr, rows_ptr, tiles_ptr, counters_ptr,
+    num_pairs, stride_a, depth, columns,
     FIRST: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``FIRST``: tokens' rows to silu(gate) * up. Else: sorted rows to the down projection."""
     tile = tl.program_id(1)
@@ -101,14 +125,24 @@ def _tile_kernel(
     w_row = expert * columns * (2 if FIRST else 1) + column
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if SCALE:
+        # Scales of gate blocks, then of up blocks; a tile lies within one block of either side.
+        blocks = tl.cdiv(columns, SCALE) * tl.cdiv(depth, SCALE)
+        scale_ptr += expert * blocks * (2 if FIRST else 1)
+        scale_ptr += column // SCALE * tl.cdiv(depth, SCALE)
     for start in range(0, depth, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         mask = real[:, None] & (k < depth)[None, :]
         a = tl.trans(tl.load(a_rows[:, None] + k[None, :], mask=mask, other=0.0))
-        acc = tl.dot(w_desc.load([w_row, start]), a, acc, input_precision=PRECISION)
+        scale, up_scale = 1.0, 1.0
+        if SCALE:
+            scale = tl.load(scale_ptr + start // SCALE)
+            if FIRST:
+                up_scale = tl.load(scale_ptr + blocks + start // SCALE)
+        acc = _add_product(acc, w_desc.load([w_row, start]), a, scale, SCALE, PRECISION)
         if FIRST:
             w = w_desc.load([w_row + columns, start])
-            up = tl.dot(w, a, up, input_precision=PRECISION)
+            up = _add_product(up, w, a, up_scale, SCALE, PRECISION)
     if FIRST:
         acc = acc * tl.sigmoid(acc) * up
     n = column + tl.arange(0, BLOCK_N)
@@ -171,50 +205,57 @@ def choose_plan(
     return MoEPlan("tile", block_m=block_m)
 
 
-def _run_vector(x, gate_up, down, weights, experts, plan) -> Tensor:
+def _run_vector(x, gate_up, down, weights, experts, scales, plan) -> Tensor:
     (num_tokens, hidden), (num_experts, _, inner) = x.shape, down.shape
     top_k = experts.shape[1]
     h = x.new_empty((num_tokens * top_k, inner))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows, block_k, warps = plan.block_n, plan.block_k, plan.num_warps
+    rows, warps, scale = plan.block_n, plan.num_warps, BLOCK if scales else 0
+    gate_up_scale, down_scale = scales or (None, None)
     _vector_gate_up_kernel[(triton.cdiv(inner, rows), num_tokens * top_k)](
-        x, gate_up, h, experts, x.stride(0), hidden, inner,
-        num_experts, top_k, rows, min(block_k, triton.next_power_of_2(hidden)), num_warps=warps,
+        x, gate_up, gate_up_scale, h, experts, x.stride(0), hidden, inner, num_experts, top_k,
+        rows, min(plan.block_k, triton.next_power_of_2(hidden)), scale, num_warps=warps,
     )  # fmt: skip
     _vector_down_kernel[(triton.cdiv(hidden, rows), num_tokens)](
-        h, down, out, experts, weights, hidden, inner,
-        num_experts, top_k, rows, min(block_k, triton.next_power_of_2(inner)), num_warps=warps,
+        h, down, down_scale, out, experts, weights, hidden, inner, num_experts, top_k,
+        rows, min(plan.block_k, triton.next_power_of_2(inner)), scale, num_warps=warps,
     )  # fmt: skip
     return out
 
 
-def _multiply_tiles(a, weight, out, order: ExpertOrder, top_k, first, plan):
+def _multiply_tiles(a, weight, scale, out, order: ExpertOrder, top_k, first, plan):
     """One of the two products: ``first`` reads tokens' rows, the second sorted ones."""
     depth, columns = weight.shape[2], out.shape[1]
     block_n = plan.block_n if first else 2 * plan.block_n
     w_desc = TensorDescriptor.from_tensor(weight.view(-1, depth), [block_n, plan.block_k])
     _tile_kernel[(triton.cdiv(columns, block_n), order.tiles.shape[0])](
-        a, w_desc, out, order.rows, order.tiles, order.counters, order.positions.shape[0],
+        a, w_desc, scale, out, order.rows, order.tiles, order.counters, order.positions.shape[0],
         a.stride(0), depth, columns, FIRST=first, TOP_K=top_k, BLOCK_M=plan.block_m,
-        BLOCK_N=block_n, BLOCK_K=plan.block_k,
+        BLOCK_N=block_n, BLOCK_K=plan.block_k, SCALE=0 if scale is None else BLOCK,
         PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
 
 
-def _run_tile(x, gate_up, down, weights, experts, plan) -> Tensor:
+def _run_tile(x, gate_up, down, weights, experts, scales, plan) -> Tensor:
     num_experts, hidden, inner = down.shape
     top_k = experts.shape[1]
+    gate_up_scale, down_scale = scales or (None, None)
     order = sort_by_expert(experts, num_experts, plan.block_m, plan.block_m)
     h, y = x.new_empty((order.capacity, inner)), x.new_empty((order.capacity, hidden))
-    _multiply_tiles(x, gate_up, h, order, top_k, True, plan)
-    _multiply_tiles(h, down, y, order, top_k, False, plan)
+    _multiply_tiles(x, gate_up, gate_up_scale, h, order, top_k, True, plan)
+    _multiply_tiles(h, down, down_scale, y, order, top_k, False, plan)
     return combine_triton(y, order.positions, weights)
 
 
-def _run_wide(x, gate_up, down, weights, experts, plan) -> Tensor:
+def _run_wide(x, gate_up, down, weights, experts, scales, plan) -> Tensor:
     from ch15_helpers.kernels import fused_moe_triton_hopper as hopper
 
+    if scales is not None:
+        inner = down.shape[2]
+        halves = gate_up.view(down.shape[0], 2, inner, -1)
+        gate_up = dequantise_blocks(halves, scales[0], x.dtype).flatten(1, 2)
+        down = dequantise_blocks(down, scales[1], x.dtype)
     order = sort_by_expert(experts, down.shape[0], hopper.HALF, hopper.TILE)
     top_k = experts.shape[1] if plan.gather and hopper.can_gather(x) else 0
     rows = x if top_k else gather_rows_triton(x, order, experts.shape[1])
@@ -233,12 +274,14 @@ def fused_moe_triton(
     down: Tensor,
     weights: Tensor,
     experts: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
     plan: MoEPlan | None = None,
 ) -> Tensor:
     """See :func:`ch15_helpers.kernels.fused_moe.fused_moe`; ``plan`` overrides the choice."""
     if plan is None:
-        plan = choose_plan(
-            x.shape[0], experts.shape[1], down.shape[0], x.dtype, _has_wgmma(x.device)
-        )
+        # FP8 goes wide later: that way takes the experts in the activations' type.
+        rows = x.shape[0] * experts.shape[1] / down.shape[0]
+        wide = _has_wgmma(x.device) and (scales is None or rows > 256)
+        plan = choose_plan(x.shape[0], experts.shape[1], down.shape[0], x.dtype, wide)
     run: Callable[..., Tensor] = _WAYS[plan.kind]
-    return run(x, gate_up, down, weights.contiguous(), experts.contiguous(), plan)
+    return run(x, gate_up, down, weights.contiguous(), experts.contiguous(), scales, plan)
