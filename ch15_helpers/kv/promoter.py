@@ -1,0 +1,96 @@
+"""Brings the blocks of a transfer back to the device, from memory tiers and from those below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ch15_helpers.kv.backing import Backing
+from ch15_helpers.kv.mover import Mover
+from ch15_helpers.kv.ticket import Ticket
+from ch15_helpers.kv.tier_config import TierStats
+from ch15_helpers.kv.tier_index import Entry
+from ch15_helpers.kv.tier_memory import MemoryTier, MemoryTiers
+from ch15_helpers.kv.transfer import Transfer
+
+Found = tuple[int, MemoryTier, Entry]
+"""(place in the transfer, tier, pinned entry)"""
+
+
+class Promoter:
+    """The copies of ``TieredStore.promote``; it decides nothing and locks nothing.
+
+    What a file or a peer process gives goes through one of two buffers of ``batch`` blocks, so
+    that reading the next ones overlaps with copying the last ones to the device.
+    """
+
+    def __init__(
+        self, mover: Mover, memory: MemoryTiers, backing: Backing, stats: TierStats, batch: int
+    ) -> None:
+        self._mover, self._memory, self._backing, self._stats = mover, memory, backing, stats
+        self._batch = batch
+        self._buffers = [mover.new_rows(batch) for _ in range(2)] if backing else []
+        self._emptied = [Ticket(), Ticket()]
+
+    def from_memory(self, transfer: Transfer, held: Sequence[Found], fence: Ticket) -> None:
+        """Start the copies of blocks that are in memory."""
+        for tier in self._memory.tiers:
+            mine = [(i, entry) for i, where, entry in held if where is tier]
+            if not mine:
+                continue
+            places, slots = [i for i, _ in mine], [entry.slot for _, entry in mine]
+            after = {id(e.ticket): e.ticket for _, e in mine if e.ticket is not None}
+            blocks = [transfer.pairs[i][1] for i in places]
+            try:
+                ticket = self._mover.load(tier.rows, slots, blocks, [fence, *after.values()])
+            except RuntimeError as error:  # torch raises nothing else, for CUDA too
+                self._memory.fault("copy failed", error)
+                self._stats.missed += len(places)
+                continue
+            self._account(transfer, places, [tier.name] * len(places), ticket)
+
+    @torch.inference_mode()
+    def rest(
+        self, transfer: Transfer, held: Sequence[Found], below: Sequence[int], fence: Ticket
+    ) -> None:
+        """In the worker: what the caller did not start itself. Ends the transfer's copies."""
+        try:
+            self.from_memory(transfer, held, fence)
+            for number, start in enumerate(range(0, len(below), self._batch)):
+                self._from_below(transfer, below[start : start + self._batch], fence, number % 2)
+        finally:
+            transfer.issued()
+
+    def _from_below(
+        self, transfer: Transfer, places: Sequence[int], fence: Ticket, half: int
+    ) -> None:
+        buffer = self._buffers[half]
+        rows = list(buffer.numpy())
+        try:
+            self._emptied[half].wait()
+            names = self._backing.read([transfer.pairs[i][0] for i in places], rows)
+            good = [slot for slot, name in enumerate(names) if name is not None]
+            self._stats.missed += len(places) - len(good)
+            if not good:
+                return
+            blocks = [transfer.pairs[places[slot]][1] for slot in good]
+            ticket = self._emptied[half] = self._mover.load(buffer, good, blocks, [fence])
+        except RuntimeError as error:
+            self._memory.fault("copy failed", error)
+            self._stats.missed += len(places)
+            return
+        found = [names[slot] or "" for slot in good]
+        self._account(transfer, [places[slot] for slot in good], found, ticket)
+
+    def _account(
+        self, transfer: Transfer, places: Sequence[int], names: Sequence[str], ticket: Ticket
+    ) -> None:
+        transfer.add(ticket)
+        for place, name in zip(places, names, strict=True):
+            transfer.ok[place] = True
+            transfer.tiers[place] = name
+            self._stats.promoted[name] += 1
+        num_bytes = len(places) * self._memory.tiers[0].rows.shape[1]
+        transfer.num_bytes += num_bytes
+        self._stats.promoted_bytes += num_bytes

@@ -1,0 +1,289 @@
+"""Memory of another process as a tier: real movement between processes, over gloo.
+
+On a machine with one device this stands where NVLink to a peer's HBM would stand. It is not that
+link and its times are not that link's times; it shows the same protocol, the same misses when the
+peer dies, and the same tokens. Each row has a checksum, which the client keeps.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+
+from ch15_helpers.errors import TierError
+from ch15_helpers.kv.keys import BlockKey
+from ch15_helpers.kv.peer_main import (
+    CLIENT,
+    GET,
+    MOST,
+    OPEN,
+    ORDER_LEN,
+    PUT,
+    SERVER,
+    STOP,
+    connect,
+    make_store,
+)
+from ch15_helpers.kv.tier_file import Row
+from ch15_helpers.kv.tier_index import Entry, SlotIndex
+
+logger = logging.getLogger(__name__)
+
+
+class PeerLost(Exception):
+    """The other process does not answer any more."""
+
+
+class PeerProcess:
+    """A process that owns memory for one store. Whoever starts it closes it.
+
+    Attributes:
+        process: the child. bytes_sent, bytes_received: payload bytes so far.
+    """
+
+    def __init__(self, timeout_s: float = 10.0) -> None:
+        """Start the process and connect to it (a few seconds: it imports torch).
+
+        Args:
+            timeout_s: an answer that takes longer counts as a lost peer.
+
+        Raises:
+            TierError: it does not start.
+        """
+        self.bytes_sent = self.bytes_received = 0
+        self._lost = False
+        start = timedelta(seconds=60)
+        store = make_store(0, master=True)
+        command = [sys.executable, "-m", "ch15_helpers.kv.peer_main", str(store.port)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        try:
+            self._group = connect(store, CLIENT, start)
+        except RuntimeError as error:
+            self.kill()
+            raise TierError(f"the peer process did not answer within {start}: {error}") from error
+        self._store = store  # gloo's addresses are in it
+        self._timeout = timedelta(seconds=timeout_s)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has failed to answer; it is never asked again then."""
+        return self._lost
+
+    def open(self, num_slots: int, row_bytes: int) -> None:
+        """Have the peer make its memory, zeroed; what it had before is gone. Raises PeerLost."""
+        self._order(OPEN, [], num_slots, row_bytes)
+        self._receive(torch.zeros(1, dtype=torch.int64))
+
+    def put(self, slots: Sequence[int], rows: torch.Tensor) -> None:
+        """Write uint8 rows [n, row bytes] into slots, n at most MOST. Raises PeerLost."""
+        self._order(PUT, slots)
+        self._send(rows)
+        self._receive(torch.zeros(1, dtype=torch.int64))
+        self.bytes_sent += rows.nbytes
+
+    def get(self, slots: Sequence[int], row_bytes: int) -> torch.Tensor:
+        """Rows of some slots, uint8 [n, row bytes]. Raises PeerLost."""
+        self._order(GET, slots)
+        rows = torch.empty((len(slots), row_bytes), dtype=torch.uint8)
+        self._receive(rows)
+        self.bytes_received += rows.nbytes
+        return rows
+
+    def close(self) -> None:
+        """Tell it to end, and see that it does. Closing twice is fine."""
+        if self.process.poll() is None and not self._lost:
+            try:
+                self._order(STOP, [])
+                self.process.wait(timeout=5)
+            except (PeerLost, subprocess.TimeoutExpired):
+                pass
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+    def _order(self, action: int, slots: Sequence[int], num_slots: int = 0, row: int = 0) -> None:
+        order = torch.zeros(ORDER_LEN, dtype=torch.int64)
+        order[:4] = torch.tensor([action, len(slots), num_slots, row])
+        order[4 : 4 + len(slots)] = torch.tensor(slots, dtype=torch.int64)
+        self._send(order)
+
+    def _send(self, tensor: torch.Tensor) -> None:
+        self._finish(self._group.send, tensor)
+
+    def _receive(self, tensor: torch.Tensor) -> None:
+        self._finish(self._group.recv, tensor)
+
+    def _finish(self, start: Callable[..., Any], tensor: torch.Tensor) -> None:
+        if self._lost:
+            raise PeerLost("the peer process was lost before")
+        try:
+            start([tensor], SERVER, 0).wait(self._timeout)
+        except RuntimeError as error:
+            self._lost = True
+            raise PeerLost(str(error)) from error
+
+
+class PeerProcessTier:
+    """A bounded tier in a peer process. One thread puts and gets; any may call ``contains``."""
+
+    name = "peer process"
+
+    def __init__(
+        self,
+        peer: PeerProcess,
+        num_blocks: int,
+        row_bytes: int,
+        *,
+        policy: str = "lru",
+        faults: Counter[str] | None = None,
+    ) -> None:
+        """Have the peer make its memory.
+
+        Raises:
+            TierError: the peer does not answer.
+        """
+        self.num_blocks = num_blocks
+        self.faults: Counter[str] = Counter() if faults is None else faults
+        self._peer, self._row_bytes = peer, row_bytes
+        self._policy = policy
+        self._index = SlotIndex(num_blocks, policy, row_bytes)
+        self._crc: dict[BlockKey, int] = {}
+        self._guard = threading.Lock()
+        try:
+            peer.open(num_blocks, row_bytes)
+        except PeerLost as error:
+            raise TierError(f"the peer process is gone: {error}; start another one") from error
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def contains(self, key: BlockKey) -> bool:
+        """Whether the peer was given this block, and lives as far as we know."""
+        return key in self._index
+
+    def hand_down(
+        self, count: int, unless: Callable[[BlockKey], bool]
+    ) -> tuple[list[BlockKey], list[Row]]:
+        """Give up the coldest blocks until ``count`` fit; fetches those that are nowhere else."""
+        with self._guard:
+            going: list[Entry] = []
+            while self._index.num_free + len(going) < min(count, self.num_blocks):
+                entry = self._index.coldest()
+                if entry is None:
+                    break
+                self._index.pin(entry)
+                going.append(entry)
+        keys = [entry.key for entry in going if not unless(entry.key)]
+        rows = list(np.empty((len(keys), self._row_bytes), dtype=np.uint8))
+        kept = [i for i, ok in enumerate(self.get_many(keys, rows)) if ok]
+        with self._guard:
+            for entry in going:
+                self._index.unpin(entry)
+                self._drop(entry)
+        return [keys[i] for i in kept], [rows[i] for i in kept]
+
+    def put_many(self, keys: Sequence[BlockKey], rows: Sequence[Row]) -> list[bool]:
+        """Send blocks, many in a message."""
+        return [
+            ok
+            for at in range(0, len(keys), MOST)
+            for ok in self._put(keys[at : at + MOST], rows[at : at + MOST])
+        ]
+
+    def get_many(self, keys: Sequence[BlockKey], out: Sequence[Row]) -> list[bool]:
+        """Fetch blocks, many in a message, and check them."""
+        return [
+            ok
+            for at in range(0, len(keys), MOST)
+            for ok in self._get(keys[at : at + MOST], out[at : at + MOST])
+        ]
+
+    def close(self) -> None:
+        """Forget what the peer has. The process belongs to whoever started it."""
+        with self._guard:
+            self._index = SlotIndex(self.num_blocks, self._policy, self._row_bytes)
+            self._crc = {}
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when the index is inconsistent."""
+        with self._guard:
+            self._index.check_invariants()
+            assert {entry.key for entry in self._index} == set(self._crc), "checksums disagree"
+
+    # ---- inside ----------------------------------------------------------------------------
+
+    def _put(self, keys: Sequence[BlockKey], rows: Sequence[Row]) -> list[bool]:
+        with self._guard:
+            entries = [None if self._peer.lost else self._take(key) for key in keys]
+        sent = [(e, row) for e, row in zip(entries, rows, strict=True) if e is not None]
+        if sent:
+            data = torch.from_numpy(np.stack([row for _, row in sent]))
+            try:
+                self._peer.put([entry.slot for entry, _ in sent], data)
+            except PeerLost as error:
+                self._lose(error)
+                return [False] * len(keys)
+        with self._guard:
+            for entry, row in sent:
+                self._crc[entry.key] = zlib.crc32(row.data)
+                self._index.unpin(entry)
+        return [entry is not None for entry in entries]
+
+    def _take(self, key: BlockKey) -> Entry | None:
+        """A pinned entry to write to."""
+        entry = self._index.get(key)
+        if entry is None:
+            if not self._index.room():
+                victim = self._index.coldest()
+                if victim is None:
+                    return None
+                self._drop(victim)
+            entry = self._index.add(key, float(key.depth + 1))
+        if entry is not None:
+            self._index.pin(entry)
+        return entry
+
+    def _get(self, keys: Sequence[BlockKey], out: Sequence[Row]) -> list[bool]:
+        ok = [False] * len(keys)
+        found = [(i, e) for i, key in enumerate(keys) if (e := self._index.get(key)) is not None]
+        if not found:
+            return ok
+        try:
+            rows = self._peer.get([entry.slot for _, entry in found], self._row_bytes).numpy()
+        except PeerLost as error:
+            self._lose(error)
+            return ok
+        with self._guard:
+            for (i, entry), row in zip(found, rows, strict=True):
+                if zlib.crc32(row.data) == self._crc.get(entry.key):
+                    np.copyto(out[i], row)
+                    self._index.touch(entry)
+                    ok[i] = True
+                else:
+                    self.faults["checksum"] += 1
+                    self._drop(entry)
+        return ok
+
+    def _drop(self, entry: Entry) -> None:
+        self._index.drop(entry)
+        self._crc.pop(entry.key, None)
+
+    def _lose(self, error: PeerLost) -> None:
+        self.faults["peer lost"] += 1
+        logger.warning("the peer process is lost, its blocks are misses from now on: %s", error)
+        self.close()
