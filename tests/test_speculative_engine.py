@@ -307,6 +307,22 @@ def test_drafts_use_only_what_is_spare() -> None:
     drained(engine)
 
 
+def test_a_pool_below_its_watermark_gets_no_drafts() -> None:
+    drafted = {}
+    for watermark in (0.0, 0.9):
+        engine = SpeculativeEngine(
+            RowsModel(),  # type: ignore[arg-type]
+            EngineConfig(block_size=2, num_blocks=30, watermark=watermark),
+            proposer=Oracle(5, 1.0),
+            lengths=4,
+        )
+        (output,) = engine.generate([[1]], SamplingParams(max_tokens=20))
+        assert output.token_ids == expected_tokens([1], 20)
+        drafted[watermark] = engine.stats.num_drafted
+    # Below the mark, drafts fit only into what is left of a block that is there anyway.
+    assert drafted[0.0] > 2 * drafted[0.9]
+
+
 # ---- real models -------------------------------------------------------------------------------
 
 TEXT = [(13 * i) % 50 for i in range(40)] * 2
@@ -368,6 +384,24 @@ def test_a_draft_with_all_layers_is_always_accepted(tiny: Transformer) -> None:
             engine.generate(PROMPTS[:2], params)
         assert engine.stats.acceptance_rate == 1.0
         assert engine.stats.tokens_per_verification > 3.0
+
+
+def test_a_small_model_goes_back_to_where_its_guesses_were_wrong(tiny: Transformer) -> None:
+    """After any history it drafts what one without a history drafts."""
+    dice, small = random.Random(2), first_layers(tiny, 1)
+    old = SmallModelProposer(small, tiny, 64, 8)
+    request = Request("r", [(7 * i) % 300 for i in range(21)])
+    rejected = 0
+    for _ in range(25):
+        limit = dice.randint(1, 5)
+        (draft,) = old.propose([request], [limit])
+        (fresh,) = SmallModelProposer(small, tiny, 64, 8).propose([request], [limit])
+        assert draft.token_ids == fresh.token_ids and len(draft.token_ids) == limit
+        kept = dice.randint(0, limit)
+        rejected += limit - kept
+        request.output_token_ids += [*draft.token_ids[:kept], dice.randrange(500)]
+        old.check_invariants()
+    assert rejected > 20
 
 
 @pytest.mark.parametrize("lengths", ["stepwise", "adaptive"])
