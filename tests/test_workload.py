@@ -311,6 +311,20 @@ def test_malformed_azure_rows_name_file_and_line(tmp_path: Path, text: str, mess
 LINE = '{"timestamp": 3000, "input_length": 600, "output_length": 5, "hash_ids": [0, 7]}\n'
 
 
+def test_files_that_are_not_text_name_file_and_line_too(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    for read, content, message in (
+        (read_azure_csv, HEADER.encode() + b"\xff\xfe\n", "not CSV in UTF-8"),
+        (read_azure_csv, (HEADER + '"' + "9" * 200_000).encode(), "not CSV in UTF-8"),
+        (read_mooncake_jsonl, LINE.encode() + b'{"timestamp": \xff}\n', ":2: not JSON"),
+        (read_mooncake_jsonl, b"[" * 100_000, ":1: not JSON"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(WorkloadError, match=message) as caught:
+            read(path)
+        assert str(caught.value).startswith(f"{path}:")
+
+
 def test_mooncake_reader(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(LINE + LINE.replace("3000", "4500").replace("7]", "8]"))

@@ -27,7 +27,7 @@ from ch15_helpers.errors import Ch15Error, NotebookError
 
 app = typer.Typer(add_completion=False, help="Execute the book's notebooks.")
 
-PACKAGE_FILES = ("*.py", "*.js", "*.css")
+PACKAGE_FILES = ("*.py", "*.js", "*.css", "*.json")
 
 
 def fingerprint(notebook: Path) -> str:

@@ -1,9 +1,11 @@
 """How long a step takes: a linear model of what the step does, fitted to measured steps.
 
 The terms are those of Vidur (Agrawal et al., MLSys 2024), cut down to what can be counted without
-a tensor. The fit minimises the *relative* error, as a decode step of 5 ms matters as much as a
-prompt of 500 ms, and no coefficient is negative, so the model extrapolates to more work as more
-time.
+a tensor. Matrix products are not linear in their rows (the tokens of a step), so two terms bend
+the line: a CPU's first rows cost more each than later ones, and a GPU's first rows cost nothing
+beside reading the weights. The fit minimises the *relative* error, as a decode step of 5 ms
+matters as much as a prompt of 500 ms, and no coefficient is negative, so the model extrapolates to
+more work as more time.
 """
 
 from __future__ import annotations
@@ -20,6 +22,11 @@ import numpy.typing as npt
 from ch15_helpers.serving.step import Step
 
 Floats = npt.NDArray[np.float64]
+
+FEW_ROWS = 16
+"""Tokens of a step that ``few_row_s`` counts at most."""
+MANY_ROWS = 256
+"""Tokens of a step beyond which ``many_row_s`` counts."""
 
 
 class StepFeatures(NamedTuple):
@@ -91,6 +98,8 @@ class StepTimeModel:
     """Seconds a step takes: ``constant_s`` plus one coefficient (s) for each of StepFeatures.
 
     Attributes:
+        few_row_s, many_row_s: for each token of a step, prompt and decode alike, up to FEW_ROWS
+            and beyond MANY_ROWS.
         fitted_on: hardware, model and workload in words; it labels every simulated result.
     """
 
@@ -101,6 +110,8 @@ class StepTimeModel:
     decode_s: float = 0.0
     context_token_s: float = 0.0
     moved_block_s: float = 0.0
+    few_row_s: float = 0.0
+    many_row_s: float = 0.0
     fitted_on: str = "given by hand"
 
     def __post_init__(self) -> None:
@@ -119,23 +130,36 @@ class StepTimeModel:
         """Duration of a step."""
         tokens, pairs, chunks, decodes, context, moved = features
         return (
-            self.constant_s
+            self._base_s(tokens + decodes, decodes)
+            + self.context_token_s * context
             + self.prefill_token_s * tokens
             + self.prefill_pair_s * pairs
             + self.chunk_s * chunks
-            + self.decode_s * decodes
-            + self.context_token_s * context
             + self.moved_block_s * moved
         )
 
+    def decode_base_s(self, num_decodes: int) -> float:
+        """A step of decodes alone, without its context: plus ``context_token_s`` times that it is
+        ``step_s``, bit for bit (the other terms would add 0.0).
+        """
+        return self._base_s(num_decodes, num_decodes)
+
     def decode_step_s(self, num_decodes: int, context: int) -> float:
-        """``step_s`` of a step of decodes alone, bit for bit (the other terms would add 0.0)."""
-        return self.constant_s + self.decode_s * num_decodes + self.context_token_s * context
+        """``step_s`` of a step of decodes alone."""
+        return self.decode_base_s(num_decodes) + self.context_token_s * context
+
+    def _base_s(self, rows: int, decodes: int) -> float:
+        return (
+            self.constant_s
+            + self.few_row_s * min(rows, FEW_ROWS)
+            + self.many_row_s * max(0, rows - MANY_ROWS)
+            + self.decode_s * decodes
+        )
 
     def estimates(self, num_decodes: int = 0, context: int = 0) -> dict[str, float]:
         """``token_s`` and ``step_s`` for the LeastSlack policy, at a typical decode batch."""
         return {
-            "token_s": self.prefill_token_s,
+            "token_s": self.prefill_token_s + self.many_row_s,
             "step_s": self.decode_step_s(num_decodes, context),
         }
 
@@ -176,8 +200,7 @@ class StepTimeModel:
         measured = np.asarray(seconds, dtype=np.float64)
         if not np.all(measured > 0):
             raise ValueError("every duration must be positive")
-        counts = np.column_stack([np.ones(len(features)), np.asarray(features, dtype=np.float64)])
-        solution = _non_negative(counts / measured[:, None])
+        solution = _non_negative(_counts(features) / measured[:, None])
         named = dict(zip(_COEFFICIENTS, solution, strict=True))
         return cls.from_dict({**named, "fitted_on": fitted_on})
 
@@ -203,14 +226,24 @@ _COEFFICIENTS = (
     "decode_s",
     "context_token_s",
     "moved_block_s",
+    "few_row_s",
+    "many_row_s",
 )
+
+
+def _counts(features: Sequence[StepFeatures]) -> Floats:
+    """What each coefficient multiplies: [steps, coefficients]."""
+    counts = np.asarray(features, dtype=np.float64)
+    rows = counts[:, 0] + counts[:, 3]
+    few, many = np.minimum(rows, FEW_ROWS), np.maximum(0, rows - MANY_ROWS)
+    return np.column_stack([np.ones(len(counts)), counts, few, many])
 
 
 def _non_negative(rows: Floats) -> list[float]:
     """The x >= 0 that minimises |rows @ x - 1|.
 
     At the optimum the positive coefficients are the least-squares solution over their columns
-    alone (KKT), so with seven columns the best feasible one of all 127 subsets is it, exactly.
+    alone (KKT), so with nine columns the best feasible one of all 511 subsets is it, exactly.
     """
     norms = np.linalg.norm(rows, axis=0)
     used = [int(column) for column in np.flatnonzero(norms)]

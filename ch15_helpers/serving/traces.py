@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from ch15_helpers.errors import WorkloadError
 from ch15_helpers.serving.workload import Segment, Workload, WorkloadRequest
@@ -29,15 +30,14 @@ def read_azure_csv(path: str | Path, limit: int | None = None) -> Workload:
     path = Path(path)
     requests: list[WorkloadRequest] = []
     with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
+        rows = _csv_rows(path, file)
+        _, header = next(rows, (1, []))
         if tuple(header) != AZURE_COLUMNS:
             raise _error(path, 1, f"the header is {header}, expected {list(AZURE_COLUMNS)}")
         origin: tuple[datetime, float] | None = None
-        for row in rows:
+        for line, row in rows:
             if limit is not None and len(requests) >= limit:
                 break
-            line = rows.line_num
             if len(row) != len(AZURE_COLUMNS):
                 raise _error(path, line, f"{len(row)} fields, expected {len(AZURE_COLUMNS)}")
             moment = _moment(path, line, row[0])
@@ -89,12 +89,24 @@ def read_mooncake_jsonl(path: str | Path, limit: int | None = None) -> Workload:
     return _workload(path, requests)
 
 
+def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of every row."""
+    rows = csv.reader(file)
+    line = 0
+    try:
+        for row in rows:
+            line = rows.line_num
+            yield line, row
+    except (csv.Error, UnicodeDecodeError) as error:  # a field without end; not a text file
+        raise _error(path, line + 1, f"not CSV in UTF-8: {error}") from error
+
+
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line, text in enumerate(file, start=1):
             try:
                 row = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # bad JSON, bytes that are not UTF-8
                 raise _error(path, line, f"not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise _error(path, line, f"a {type(row).__name__}, expected an object")

@@ -85,8 +85,28 @@ def fit_step_time(
     recorder = StepRecorder()
     for workload in workloads:
         run_workload(_engine(make_engine, warm_up), workload, recorder=recorder, wait=wait)
+    return fit_recorded(recorder, fitted_on)
+
+
+def fit_recorded(recorder: StepRecorder, fitted_on: str) -> tuple[StepTimeModel, FitReport]:
+    """A step-time model of all recorded steps, and its residuals on them."""
     model = StepTimeModel.fit(recorder.features, recorder.seconds, fitted_on)
     return model, model.report(recorder.features, recorder.seconds)
+
+
+def compare_on(
+    engine: Engine, workload: Workload, model: StepTimeModel, *, wait: Wait | None = None
+) -> Comparison:
+    """Run one workload on an idle engine and in the simulator.
+
+    Args:
+        wait: see ``run_workload``.
+    """
+    recorder = StepRecorder()
+    measured = run_workload(engine, workload, recorder=recorder, wait=wait)
+    modelled = simulate(workload, engine.scheduler.config, model)
+    steps = model.report(recorder.features, recorder.seconds)
+    return Comparison(measured, modelled, steps)
 
 
 def validate_simulator(
@@ -112,11 +132,8 @@ def validate_simulator(
     for workload in test_workloads:
         if workload in fit_workloads:
             raise ValueError(f"{workload.name!r} is fitted on; test on another workload")
-        engine, recorder = _engine(make_engine, warm_up), StepRecorder()
-        measured = run_workload(engine, workload, recorder=recorder, wait=wait)
-        modelled = simulate(workload, engine.scheduler.config, model)
-        steps = model.report(recorder.features, recorder.seconds)
-        comparisons.append(Comparison(measured, modelled, steps))
+        engine = _engine(make_engine, warm_up)
+        comparisons.append(compare_on(engine, workload, model, wait=wait))
     return Validation(model, fit, tuple(comparisons))
 
 
