@@ -41,7 +41,7 @@ class BackingTier(Protocol):
 
 
 class Backing:
-    """A chain of backing tiers. ``write`` and ``read`` belong to one thread at a time."""
+    """A chain of backing tiers. One thread writes, and one other may read."""
 
     def __init__(self, tiers: Sequence[BackingTier], written: Counter[str]) -> None:
         self.tiers = list(tiers)

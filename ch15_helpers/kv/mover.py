@@ -18,13 +18,7 @@ from ch15_helpers.kv.ticket import Ticket
 
 
 class Mover(Protocol):
-    """What a TieredStore needs. ``rows`` are uint8 [slots, payload bytes].
-
-    ``ordered``: copies are started by the caller's thread and ordered by streams. Otherwise a
-    ``load`` is work, and belongs into a worker thread.
-    """
-
-    ordered: bool
+    """What a TieredStore needs. ``rows`` are uint8 [slots, payload bytes]."""
 
     def new_rows(self, num_slots: int) -> Tensor:
         """RAM that this mover copies from and to at full speed."""
@@ -54,8 +48,6 @@ class Mover(Protocol):
 class CpuMover:
     """Copies with the calling thread. numpy does it in one thread and without the GIL, so that
     the model's threads keep their cores."""
-
-    ordered = False
 
     def __init__(self, payload: BlockPayload) -> None:
         self._payload = payload

@@ -27,8 +27,6 @@ _LONGEST_COPY_BYTES = 8 << 20  # a step's own small uploads wait behind whole co
 class CudaMover:
     """Moves blocks of one device's cache. All methods only start work and return."""
 
-    ordered = True
-
     def __init__(
         self,
         payload: BlockPayload,

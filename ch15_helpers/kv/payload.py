@@ -14,7 +14,8 @@ class BlockPayload:
     """Maps blocks of a cache to rows of bytes.
 
     A row is the block in block-major order, [num_layers, 2, block_size, num_kv_heads, head_dim],
-    then, for a quantised cache, its scales. A row is therefore the same for either layout.
+    then, for a quantised cache, its scales (``QuantisedKVCache.content``). So a row is the same for
+    either layout.
 
     Attributes:
         num_bytes: length of a row.
@@ -24,8 +25,8 @@ class BlockPayload:
     """
 
     def __init__(self, cache: PagedKVCache) -> None:
-        scales = getattr(cache, "scales", None)
-        tensors: list[Tensor] = [cache.pages] if scales is None else [cache.pages, scales]
+        content: Tensor | None = getattr(cache, "content", None)
+        tensors = [cache.pages] if content is None else [content]
         self._spans: list[tuple[int, int]] = []
         start = 0
         for tensor in tensors:
@@ -33,10 +34,8 @@ class BlockPayload:
             self._spans.append((start, stop))
             start = stop
         self.num_bytes = start
-        self.geometry = "; ".join(
-            f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape[1:])}"
-            for tensor in tensors
-        )
+        kind = str(cache.dtype).removeprefix("torch.")
+        self.geometry = f"{kind} {list(cache.pages.shape[1:])}, {start} bytes"
         self.contiguous = all(tensor[0].is_contiguous() for tensor in tensors)
         self.parts = [
             tensor.view(self._word(tensor, *span))

@@ -33,7 +33,7 @@ class Promoter:
         self._buffers = [mover.new_rows(batch) for _ in range(2)] if backing else []
         self._emptied = [Ticket(), Ticket()]
 
-    def from_memory(self, transfer: Transfer, held: Sequence[Found], fence: Ticket) -> None:
+    def _from_memory(self, transfer: Transfer, held: Sequence[Found], fence: Ticket) -> None:
         """Start the copies of blocks that are in memory."""
         for tier in self._memory.tiers:
             mine = [(i, entry) for i, where, entry in held if where is tier]
@@ -51,12 +51,13 @@ class Promoter:
             self._account(transfer, places, [tier.name] * len(places), ticket)
 
     @torch.inference_mode()
-    def rest(
+    def run(
         self, transfer: Transfer, held: Sequence[Found], below: Sequence[int], fence: Ticket
     ) -> None:
-        """In the worker: what the caller did not start itself. Ends the transfer's copies."""
+        """In the reader's thread: start all copies. Starting them takes the host a while, which
+        the thread that launches the model does not have."""
         try:
-            self.from_memory(transfer, held, fence)
+            self._from_memory(transfer, held, fence)
             for number, start in enumerate(range(0, len(below), self._batch)):
                 self._from_below(transfer, below[start : start + self._batch], fence, number % 2)
         finally:

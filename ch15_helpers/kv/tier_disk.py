@@ -30,7 +30,8 @@ _SUFFIX = ".kv"
 class DiskTier:
     """Blocks as files named by digest, in a directory that one store at a time owns.
 
-    Reading and writing is done by one thread (the store's worker); ``contains`` by any.
+    One thread writes and another may read meanwhile: a file that goes while it is read is still
+    whole for the reader.
 
     Attributes:
         faults: why files could not be written or used, by reason.
@@ -139,7 +140,8 @@ class DiskTier:
                 self._remove(digest)
             return False
         with self._guard:
-            self._policy.touch(digest)
+            if digest in self._known:
+                self._policy.touch(digest)
         return True
 
     def _evict(self) -> None:
@@ -150,7 +152,9 @@ class DiskTier:
 
     def _remove(self, digest: bytes) -> None:
         with self._guard:
-            self._known.discard(digest)
+            if digest not in self._known:
+                return
+            self._known.remove(digest)
             self._policy.remove(digest)
         try:
             self._path(digest).unlink(missing_ok=True)

@@ -62,6 +62,7 @@ class PeerProcess:
         """
         self.bytes_sent = self.bytes_received = 0
         self._lost = False
+        self._talk = threading.Lock()  # an order and its answer belong together
         start = timedelta(seconds=60)
         store = make_store(0, master=True)
         command = [sys.executable, "-m", "ch15_helpers.kv.peer_main", str(store.port)]
@@ -83,21 +84,24 @@ class PeerProcess:
 
     def open(self, num_slots: int, row_bytes: int) -> None:
         """Have the peer make its memory, zeroed; what it had before is gone. Raises PeerLost."""
-        self._order(OPEN, [], num_slots, row_bytes)
-        self._receive(torch.zeros(1, dtype=torch.int64))
+        with self._talk:
+            self._order(OPEN, [], num_slots, row_bytes)
+            self._receive(torch.zeros(1, dtype=torch.int64))
 
     def put(self, slots: Sequence[int], rows: torch.Tensor) -> None:
         """Write uint8 rows [n, row bytes] into slots, n at most MOST. Raises PeerLost."""
-        self._order(PUT, slots)
-        self._send(rows)
-        self._receive(torch.zeros(1, dtype=torch.int64))
+        with self._talk:
+            self._order(PUT, slots)
+            self._send(rows)
+            self._receive(torch.zeros(1, dtype=torch.int64))
         self.bytes_sent += rows.nbytes
 
     def get(self, slots: Sequence[int], row_bytes: int) -> torch.Tensor:
         """Rows of some slots, uint8 [n, row bytes]. Raises PeerLost."""
-        self._order(GET, slots)
         rows = torch.empty((len(slots), row_bytes), dtype=torch.uint8)
-        self._receive(rows)
+        with self._talk:
+            self._order(GET, slots)
+            self._receive(rows)
         self.bytes_received += rows.nbytes
         return rows
 
@@ -139,7 +143,7 @@ class PeerProcess:
 
 
 class PeerProcessTier:
-    """A bounded tier in a peer process. One thread puts and gets; any may call ``contains``."""
+    """A bounded tier in a peer process. One thread puts, another may get."""
 
     name = "peer process"
 
@@ -174,13 +178,14 @@ class PeerProcessTier:
 
     def contains(self, key: BlockKey) -> bool:
         """Whether the peer was given this block, and lives as far as we know."""
-        return key in self._index
+        return key in self._crc
 
     def hand_down(
         self, count: int, unless: Callable[[BlockKey], bool]
     ) -> tuple[list[BlockKey], list[Row]]:
         """Give up the coldest blocks until ``count`` fit; fetches those that are nowhere else."""
         with self._guard:
+            index = self._index
             going: list[Entry] = []
             while self._index.num_free + len(going) < min(count, self.num_blocks):
                 entry = self._index.coldest()
@@ -192,8 +197,8 @@ class PeerProcessTier:
         rows = list(np.empty((len(keys), self._row_bytes), dtype=np.uint8))
         kept = [i for i, ok in enumerate(self.get_many(keys, rows)) if ok]
         with self._guard:
-            for entry in going:
-                self._index.unpin(entry)
+            for entry in going if self._index is index else []:
+                index.unpin(entry)
                 self._drop(entry)
         return [keys[i] for i in kept], [rows[i] for i in kept]
 
@@ -229,6 +234,7 @@ class PeerProcessTier:
 
     def _put(self, keys: Sequence[BlockKey], rows: Sequence[Row]) -> list[bool]:
         with self._guard:
+            index = self._index
             entries = [None if self._peer.lost else self._take(key) for key in keys]
         sent = [(e, row) for e, row in zip(entries, rows, strict=True) if e is not None]
         if sent:
@@ -239,6 +245,8 @@ class PeerProcessTier:
                 self._lose(error)
                 return [False] * len(keys)
         with self._guard:
+            if self._index is not index:  # lost meanwhile
+                return [False] * len(keys)
             for entry, row in sent:
                 self._crc[entry.key] = zlib.crc32(row.data)
                 self._index.unpin(entry)
@@ -260,7 +268,14 @@ class PeerProcessTier:
 
     def _get(self, keys: Sequence[BlockKey], out: Sequence[Row]) -> list[bool]:
         ok = [False] * len(keys)
-        found = [(i, e) for i, key in enumerate(keys) if (e := self._index.get(key)) is not None]
+        with self._guard:
+            index = self._index
+            found: list[tuple[int, Entry]] = []
+            for i, key in enumerate(keys):
+                entry = index.get(key) if key in self._crc else None
+                if entry is not None:
+                    index.pin(entry)
+                    found.append((i, entry))
         if not found:
             return ok
         try:
@@ -269,7 +284,10 @@ class PeerProcessTier:
             self._lose(error)
             return ok
         with self._guard:
+            if self._index is not index:
+                return ok
             for (i, entry), row in zip(found, rows, strict=True):
+                index.unpin(entry)
                 if zlib.crc32(row.data) == self._crc.get(entry.key):
                     np.copyto(out[i], row)
                     self._index.touch(entry)

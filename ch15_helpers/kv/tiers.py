@@ -84,7 +84,9 @@ class TieredStore:
             has_backing=bool(tiers),
         )
         self._promoter = Promoter(self._mover, self._memory, self._backing, stats, _BATCH)
-        self._worker = Worker("ch15-kv-tiers", background=config.background)
+        # Two threads: a promotion must not wait for a file that is being written.
+        self._reader = Worker("ch15-kv-promote", background=config.background)
+        self._writer = Worker("ch15-kv-demote", background=config.background)
         self._in_flight: list[tuple[Transfer, list[Found]]] = []
         self._finished: list[Transfer] = []
         self._num_writing = 0
@@ -155,7 +157,7 @@ class TieredStore:
                 batch.append(entry)
         self._num_writing += len(batch)
         for start in range(0, len(batch), _BATCH):
-            self._worker.submit(partial(self._write_down, batch[start : start + _BATCH]))
+            self._writer.submit(partial(self._write_down, batch[start : start + _BATCH]))
 
     def _write_down(self, entries: list[Entry]) -> None:
         """In the worker: put pinned entries into the tiers below."""
@@ -206,14 +208,7 @@ class TieredStore:
                     self.stats.missed += 1
             self._in_flight.append((transfer, held))
         fence = self._mover.fence()
-        if self._mover.ordered:
-            self._promoter.from_memory(transfer, held, fence)
-            held = []
-        if held or below:
-            job = partial(self._promoter.rest, transfer, held, below, fence)
-            self._worker.submit(job, urgent=True)
-        else:
-            transfer.issued()
+        self._reader.submit(partial(self._promoter.run, transfer, held, below, fence))
         return transfer
 
     def poll(self) -> list[Transfer]:
@@ -227,7 +222,8 @@ class TieredStore:
 
     def drain(self) -> None:
         """Wait until all that was started is done: writes, reads and copies."""
-        self._worker.drain()
+        self._reader.drain()
+        self._writer.drain()
         with self._lock:
             waiting = [transfer for transfer, _ in self._in_flight]
             tickets = [e.ticket for t in self._memory.tiers for e in t.index if e.ticket]
@@ -244,7 +240,8 @@ class TieredStore:
         Blocks in memory are gone. Call ``flush`` first where a restart is to find them on disk.
         """
         self.drain()
-        self._worker.close()
+        self._reader.close()
+        self._writer.close()
         with self._lock:
             self._closed = True
             self._backing.close()

@@ -1,4 +1,4 @@
-"""One thread that does a store's slow work: reads before writes, nothing ever raised."""
+"""One thread that does a store's slow work in order; nothing is ever raised."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ class Worker:
     def __init__(self, name: str, *, background: bool = True) -> None:
         self._background = background
         self._name = name
-        self._urgent: deque[Job] = deque()
-        self._later: deque[Job] = deque()
+        self._jobs: deque[Job] = deque()
         self._change = threading.Condition()
         self._busy = 0
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Job, *, urgent: bool = False) -> None:
-        """Have a job done; urgent ones go before all others that have not begun.
+    def submit(self, job: Job) -> None:
+        """Have a job done after those that were submitted before.
 
         Raises:
             RuntimeError: the worker is closed.
@@ -41,7 +40,7 @@ class Worker:
             _run(job)
             return
         with self._change:
-            (self._urgent if urgent else self._later).append(job)
+            self._jobs.append(job)
             self._busy += 1
             if self._thread is None:
                 # A daemon: an interpreter that exits without close() is not held up.
@@ -67,10 +66,10 @@ class Worker:
     def _loop(self) -> None:
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._urgent or self._later or self._closed)
-                if not self._urgent and not self._later:
+                self._change.wait_for(lambda: self._jobs or self._closed)
+                if not self._jobs:
                     return
-                job = (self._urgent or self._later).popleft()
+                job = self._jobs.popleft()
             _run(job)
             with self._change:
                 self._busy -= 1
