@@ -115,7 +115,20 @@ def test_live_grid_recomputes_where_the_sliders_are() -> None:
     assert "stored with the book" in shown[3].value
 
 
-@pytest.mark.parametrize("params", [{}, {"a": [1], "b": [1], "c": [1]}, {"a": []}])
-def test_grid_takes_one_or_two_parameters(params: Any) -> None:
-    with pytest.raises(ValueError, match="one or two"):
+def test_grid_of_three_parameters_nests_in_their_order() -> None:
+    picture = chart()
+    params = {"a": [1, 2], "b": [3, 4, 5], "c": [6, 7]}
+    grid = explore_grid(lambda **_: picture, params, alt="{a} {b} {c}, and some more words")
+    shown = [
+        re.search(r'alt="(\d \d \d),', page.value)[1]
+        for plane in grid.children[-1].children
+        for row in plane.children
+        for page in row.children
+    ]
+    assert shown == [f"{a} {b} {c}" for a in (1, 2) for b in (3, 4, 5) for c in (6, 7)]
+
+
+@pytest.mark.parametrize("params", [{}, {key: [1] for key in "abcd"}, {"a": []}])
+def test_grid_takes_one_to_three_parameters(params: Any) -> None:
+    with pytest.raises(ValueError, match="one to three"):
         explore_grid(chart, params, alt="x")

@@ -9,11 +9,13 @@ from ch15_helpers.viz.plots import (
     roofline_chart,
     show_figure,
 )
+from ch15_helpers.viz.timeline import RequestSpans, request_spans, timeline
 
 __all__ = [
     "Axis",
     "Curve",
     "Readout",
+    "RequestSpans",
     "Slider",
     "before_after",
     "breakdown",
@@ -21,6 +23,8 @@ __all__ = [
     "explore_grid",
     "line_chart",
     "new_figure",
+    "request_spans",
     "roofline_chart",
     "show_figure",
+    "timeline",
 ]

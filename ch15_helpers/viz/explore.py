@@ -148,7 +148,7 @@ def explore_grid(
     Args:
         draw: called as ``draw(**values)`` for every combination; returns a matplotlib figure. Draw
             from numbers measured or simulated once, outside; this function closes the figures.
-        params: one or two parameters: ``{"batch": [1, 4, 16]}``, or with labels
+        params: one to three parameters: ``{"batch": [1, 4, 16]}``, or with labels
             ``{"batch": Axis([1, 4, 16], "Batch size", "requests")}``.
         alt: text for readers who do not see the picture; a string with ``{batch}`` fields, or a
             callable with ``draw``'s arguments.
@@ -160,11 +160,11 @@ def explore_grid(
         dpi: pixels per inch of a picture; 16 pictures at 110 take about 250 KB of notebook.
 
     Raises:
-        ValueError: no parameter or more than two, or an empty list of values.
+        ValueError: no parameter or more than three, or an empty list of values.
     """
     axes = {k: v if isinstance(v, Axis) else Axis(tuple(v)) for k, v in params.items()}
-    if not 1 <= len(axes) <= 2 or any(not a.values for a in axes.values()):
-        raise ValueError("explore_grid takes one or two parameters with at least one value each")
+    if not 1 <= len(axes) <= 3 or any(not a.values for a in axes.values()):
+        raise ValueError("explore_grid takes one to three parameters with at least one value each")
     widest = max(len(axis.label or name) for name, axis in axes.items())
     sliders = [_slider(n, a, continuous=live is None, label_ch=widest) for n, a in axes.items()]
     combinations = list(itertools.product(*(range(len(a.values)) for a in axes.values())))
@@ -203,10 +203,10 @@ def _stack(pages: Mapping[tuple[int, ...], Any], sliders: Sequence[Any]) -> ipyw
 
     if len(sliders) == 1:
         return linked(list(pages.values()), sliders[0])
-    rows: dict[int, list[Any]] = {}
-    for (first, _), page in pages.items():
-        rows.setdefault(first, []).append(page)
-    return linked([linked(row, sliders[1]) for row in rows.values()], sliders[0])
+    groups: dict[int, dict[tuple[int, ...], Any]] = {}
+    for (first, *rest), page in pages.items():
+        groups.setdefault(first, {})[tuple(rest)] = page
+    return linked([_stack(group, sliders[1:]) for group in groups.values()], sliders[0])
 
 
 @dataclass(frozen=True)

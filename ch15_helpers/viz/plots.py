@@ -21,7 +21,9 @@ from ch15_helpers.viz.theme import (
 )
 
 
-def new_figure(height_in: float = 3.4, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
+def new_figure(
+    height_in: float = 3.4, columns: int = 1, rows: int = 1, **kwargs: Any
+) -> tuple[Any, Any]:
     """Return ``(figure, axes)`` of the text column's width in the book's style.
 
     The figure belongs to no window and no pyplot state, so nothing is displayed twice and nothing
@@ -44,7 +46,7 @@ def new_figure(height_in: float = 3.4, columns: int = 1, **kwargs: Any) -> tuple
     with book_style():
         figure = Figure(figsize=(WIDTH_IN, height_in))
         subplot = {"axes_class": BookAxes} | kwargs.pop("subplot_kw", {})
-        axes = figure.subplots(1, columns, subplot_kw=subplot, **kwargs)
+        axes = figure.subplots(rows, columns, subplot_kw=subplot, **kwargs)
     return figure, axes
 
 
