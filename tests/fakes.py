@@ -8,7 +8,7 @@ any model: ``expected_tokens``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -69,6 +69,9 @@ class HashModel:
         self.source = "hash"
         self.failures = 0
         self.nan_for: int | None = None
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
 
     def forward(
         self,

@@ -328,9 +328,12 @@ class Engine:
             return None
         if prefix is None:
             raise ValueError("tiers hold what the prefix cache evicts; set enable_prefix_caching")
+        from ch15_helpers.kv.fingerprint import weights_fingerprint
         from ch15_helpers.kv.tiers import TieredStore
 
-        fingerprint = f"{self.model.source} {self.model.dtype}"
+        model, fingerprint = self.model, ""
+        if config.disk_dir is not None:  # blocks of these weights alone may come from a file
+            fingerprint = weights_fingerprint(model.source, model.dtype, model.named_weights())
         store = TieredStore(
             self.cache, prefix.keys, config, fingerprint=fingerprint, clock=self.clock
         )
