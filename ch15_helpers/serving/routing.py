@@ -176,7 +176,7 @@ class KVAware:
         capacity_blocks: int = 4096,
         load_weight: float = 0.1,
         cap_factor: float = 1.25,
-        cap_tokens: float = 8192,
+        cap_tokens: float = 2048,
     ) -> None:
         if block_size < 1 or load_weight < 0 or cap_factor < 1 or cap_tokens < 0:
             raise ValueError(
