@@ -131,6 +131,7 @@ class FabricWire:
         self.inner, self.fabric = inner, fabric
         self.rank, self.world_size = inner.rank, inner.world_size
         self.device, self.in_order = inner.device, inner.in_order
+        self.zero_copy = inner.zero_copy
         self.window = max(inner.window, 64)  # the modelled ports queue, not the transport
 
     def new_buffer(self, num_bytes: int) -> Tensor:
@@ -141,7 +142,7 @@ class FabricWire:
             if not message.sending:
                 self.inner.start([message])
                 continue
-            delivery = self.fabric.send((self.rank, message.peer), len(message.buffer))
+            delivery = self.fabric.send((self.rank, message.peer), message.num_bytes)
             if delivery.lost:
                 # Its empty shell still goes: the real wire below must stay in step.
                 write_void(split(message.buffer, message.num_blocks)[0])

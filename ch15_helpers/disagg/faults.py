@@ -27,6 +27,7 @@ class FaultyWire:
         self.inner, self.fault, self.row, self.number = inner, fault, row, number
         self.rank, self.world_size = inner.rank, inner.world_size
         self.device, self.window, self.in_order = inner.device, inner.window, inner.in_order
+        self.zero_copy = False  # a message is damaged, not the pool
 
     def new_buffer(self, num_bytes: int) -> Tensor:
         return self.inner.new_buffer(num_bytes)

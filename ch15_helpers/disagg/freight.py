@@ -14,6 +14,7 @@ from ch15_helpers.disagg.pool import RegisteredPool
 from ch15_helpers.disagg.transfer import Transfer, TransferState
 
 _IN_CACHE_BYTES = 1024**2
+_APART_BYTES = 256 * 1024  # rows of this size and more travel apart from their tags: no copy
 
 
 @dataclass(slots=True)
@@ -38,21 +39,34 @@ class Freight:
         self._clock, self._verify = clock, verify
         self._checksums: dict[int, Checksum] = {}
 
-    def pack(self, batch: Batch, buffer: Tensor) -> None:
-        """Write a message. The peer waits for it even when its transfer has been given up."""
+    def pieces(self, batch: Batch, buffer: Tensor) -> list[Tensor]:
+        """How a message is divided, the same on both sides."""
+        tags, rows = split(buffer, len(batch))
+        return [buffer] if rows.numel() < _APART_BYTES else [tags.view(-1), rows.view(-1)]
+
+    def pack(self, batch: Batch, buffer: Tensor, zero_copy: bool) -> list[Tensor]:
+        """Write a message and return its pieces.
+
+        The peer waits for it even when its transfer has been given up. Rows that are sent from the
+        pool itself may be overwritten if the transfer is given up meanwhile; their digest tells.
+        """
         transfer, began_s = batch.transfer, self._clock()
         tags, rows = split(buffer, len(batch))
+        pieces = self.pieces(batch, buffer)
         if transfer.state is not TransferState.PENDING:
             write_void(tags)
-            return
+            return pieces
         refs = transfer.refs[batch.start : batch.stop]
+        blocks = [ref.block for ref in refs]
+        own = self.pool.memory(blocks, transfer.part) if zero_copy and len(pieces) > 1 else None
         digests = []
         for some in self._groups(rows):
-            blocks = [ref.block for ref in refs[some]]
-            self.pool.pack(blocks, transfer.part, rows[some])
-            digests.append(self._digests(rows[some]))
+            if own is None:
+                self.pool.pack(blocks[some], transfer.part, rows[some])
+            digests.append(self._digests((rows if own is None else own)[some]))
         write_tags(tags, refs, transfer.part, torch.cat(digests))
         transfer.pack_s += self._clock() - began_s
+        return pieces if own is None else [pieces[0], own.view(-1)]
 
     def land(self, batch: Batch, buffer: Tensor) -> None:
         """Examine a message and write what is intact to the pool."""

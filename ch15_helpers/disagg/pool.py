@@ -90,6 +90,16 @@ class RegisteredPool:
             else:
                 view.index_copy_(0, self._index(blocks), source.to(view.device))
 
+    def memory(self, blocks: Sequence[int], part: Part) -> Tensor | None:
+        """The blocks' own bytes, uint8 [n, row_bytes], where they lie as rows do; else None."""
+        first, count = blocks[0], len(blocks)
+        if len(self._tensors) > 1 or list(blocks) != list(range(first, first + count)):
+            return None
+        view = self._views(part)[0][first : first + count]
+        size = view[0].numel() * view.element_size()
+        contiguous = view.is_contiguous() and size % 8 == 0
+        return view.view(count, -1).view(torch.uint8) if contiguous else None
+
     def check(self, blocks: Sequence[int], part: Part) -> None:
         """Raise ValueError for a block, layer or head that the pool does not have."""
         self._views(part)

@@ -247,13 +247,24 @@ class BlockTransport:
     def _start(self) -> bool:
         """Fill the windows."""
         started = self._lanes.start()
+        together = []
         for message, batch in started:
-            if message.sending:
-                assert self._freight is not None
-                self._freight.pack(batch, message.buffer)
-        if started:
-            self.wire.start([message for message, _ in started])
+            self._divide(message, batch)
+            if self.wire.in_order:
+                together.append(message)
+            else:  # moves while the next one is packed
+                self.wire.start([message])
+        if together:
+            self.wire.start(together)
         return bool(started)
+
+    def _divide(self, message: WireMessage, batch: Batch) -> None:
+        assert self._freight is not None
+        if message.sending:
+            zero_copy = self.wire.zero_copy and self._freight.pool.device == self.wire.device
+            message.pieces = self._freight.pack(batch, message.buffer, zero_copy)
+        else:
+            message.pieces = self._freight.pieces(batch, message.buffer)
 
     def _finish(self, message: WireMessage, error: str | None) -> None:
         batch = self._lanes.finish(message)

@@ -23,6 +23,7 @@ class WireMessage:
         buffer: uint8 [n], contiguous; belongs to the wire until the message is finished.
         num_blocks: how many tags its first bytes hold.
         number: place in its transfer.
+        pieces: what moves, in order: the buffer, or several parts of it, or memory of a pool.
     """
 
     sending: bool
@@ -31,6 +32,12 @@ class WireMessage:
     buffer: Tensor
     num_blocks: int
     number: int
+    pieces: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that move."""
+        return sum(len(piece) for piece in self.pieces)
 
 
 class Wire(Protocol):
@@ -45,6 +52,7 @@ class Wire(Protocol):
         window: how many messages of one channel should be under way at once.
         in_order: channels are ignored: whatever goes between two ranks is matched in the order in
             which both sides start it.
+        zero_copy: pieces that are sent may be the pool's own memory.
     """
 
     rank: int
@@ -52,6 +60,7 @@ class Wire(Protocol):
     device: torch.device
     window: int
     in_order: bool
+    zero_copy: bool
 
     def new_buffer(self, num_bytes: int) -> Tensor:
         """Memory for a message, uint8 [num_bytes] on ``device``."""
@@ -116,12 +125,13 @@ class LocalHub:
             self.changed.notify_all()
 
     def _deliver(self, send: tuple[int, WireMessage], receive: tuple[int, WireMessage]) -> None:
-        source, target = send[1].buffer, receive[1].buffer
+        sent, expected = send[1], receive[1]
         error = None
-        if source.shape == target.shape:
-            target.copy_(source)
+        if [len(piece) for piece in sent.pieces] == [len(piece) for piece in expected.pieces]:
+            for source, target in zip(sent.pieces, expected.pieces, strict=True):
+                target.copy_(source)
         else:
-            error = f"{len(source)} bytes were sent, {len(target)} were expected"
+            error = f"{sent.num_bytes} bytes were sent, {expected.num_bytes} were expected"
         for rank, message in (send, receive):
             self.done[rank].append((message, error))
 
@@ -144,6 +154,7 @@ class LocalWire:
 
     window = 8
     in_order = False
+    zero_copy = True
 
     def __init__(self, hub: LocalHub, rank: int) -> None:
         self.hub, self.rank, self.world_size = hub, rank, hub.world_size

@@ -44,6 +44,7 @@ class GlooWire:
 
     window = 4
     in_order = False
+    zero_copy = True
 
     def __init__(self, group: Any = None) -> None:
         """``group`` is a process group that nobody else uses; None is the default group."""
@@ -64,25 +65,12 @@ class GlooWire:
     def start(self, messages: Sequence[WireMessage]) -> None:
         for message in messages:
             try:
-                if message.sending:
-                    work = dist.isend(
-                        message.buffer,
-                        group=self._group,
-                        group_dst=message.peer,
-                        tag=message.channel,
-                    )
-                else:
-                    work = dist.irecv(
-                        message.buffer,
-                        group=self._group,
-                        group_src=message.peer,
-                        tag=message.channel,
-                    )
+                works = [self._post(message, piece) for piece in message.pieces]
             except RuntimeError as error:  # the connection is closed already
                 with self._changed:
                     self._done.append((message, str(error)))
                 continue
-            self._assign(work, message)
+            self._assign(works, message)
 
     def finished(self) -> list[tuple[WireMessage, str | None]]:
         with self._changed:
@@ -101,7 +89,13 @@ class GlooWire:
         for worker in self._workers:
             worker.queue.put(None)
 
-    def _assign(self, work: Any, message: WireMessage) -> None:
+    def _post(self, message: WireMessage, piece: Tensor) -> Any:
+        group, peer, tag = self._group, message.peer, message.channel
+        if message.sending:
+            return dist.isend(piece, group=group, group_dst=peer, tag=tag)
+        return dist.irecv(piece, group=group, group_src=peer, tag=tag)
+
+    def _assign(self, works: list[Any], message: WireMessage) -> None:
         """Give a message to the thread that waits for its channel, or to an idle one."""
         key = message.sending, message.peer, message.channel
         with self._changed:
@@ -110,7 +104,7 @@ class GlooWire:
                 worker = self._idle.pop() if self._idle else self._hire()
                 self._busy[key] = worker
             worker.num_left += 1
-        worker.queue.put((key, work, message))
+        worker.queue.put((key, works, message))
 
     def _hire(self) -> _Worker:
         worker = _Worker()
@@ -122,10 +116,11 @@ class GlooWire:
     def _follow(self, worker: _Worker) -> None:
         """Wait for one message after the other, in the order in which they were started."""
         while (item := worker.queue.get()) is not None:
-            key, work, message = item
+            key, works, message = item
             error = None
             try:
-                work.wait(_FOREVER)
+                for work in works:
+                    work.wait(_FOREVER)
             except RuntimeError as problem:
                 error = str(problem)
             with self._changed:
@@ -135,7 +130,7 @@ class GlooWire:
                     del self._busy[key]
                     self._idle.append(worker)
                 self._changed.notify_all()
-            del work, item, message
+            del work, works, item, message
 
 
 class NcclWire:
@@ -147,6 +142,7 @@ class NcclWire:
 
     window = 8
     in_order = True
+    zero_copy = True
 
     def __init__(self, group: Any = None) -> None:
         """``group`` is a process group that nobody else uses; None is the default group."""
@@ -167,11 +163,12 @@ class NcclWire:
         operations = [
             dist.P2POp(
                 dist.isend if message.sending else dist.irecv,
-                message.buffer,
+                piece,
                 group=self._group,
                 group_peer=message.peer,
             )
             for message in messages
+            for piece in message.pieces
         ]
         with torch.cuda.stream(self._stream):
             for work in dist.batch_isend_irecv(operations):

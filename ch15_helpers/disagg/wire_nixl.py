@@ -33,6 +33,7 @@ class NixlWire:
 
     window = 4
     in_order = False
+    zero_copy = False  # what is read must be registered
 
     def __init__(
         self,

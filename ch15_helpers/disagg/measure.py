@@ -1,0 +1,234 @@
+"""What moving blocks costs on this machine: ``python -m ch15_helpers.disagg.measure``.
+
+Two processes exchange blocks of SmolLM2's shape over loopback. Plain sends of the same bytes are
+the baseline, interleaved with the transport; times are taken inside the workers, start-up excluded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ch15_helpers.disagg.connect import Medium, connect
+from ch15_helpers.disagg.link import LinkFit, fit_link
+from ch15_helpers.disagg.pool import RegisteredPool, refs_of
+from ch15_helpers.disagg.transport import BlockTransport
+from ch15_helpers.disagg.wire import LocalHub, Wire
+from ch15_helpers.errors import TransportError
+from ch15_helpers.kv.cache import PagedKVCache
+from ch15_helpers.model.config import SMOLLM2_135M
+
+_REQUEST_BLOCKS = 32  # 512 tokens
+
+
+@dataclass(frozen=True)
+class TransportTimes:
+    """Medians over the rounds, measured on the receiving side.
+
+    Attributes:
+        num_bytes: of one transfer.
+        plain_GBps: one ``send`` and ``recv`` of that size.
+        transport_GBps, unverified_GBps: the transport, with and without its checks.
+        small_transfer_s: 32 blocks of 64 bytes: latency, and nothing else.
+        samples: (bytes, seconds) of transfers of various sizes, for ``fit_link``.
+    """
+
+    num_bytes: int
+    plain_GBps: float
+    transport_GBps: float
+    unverified_GBps: float
+    small_transfer_s: float
+    samples: tuple[tuple[int, float], ...]
+
+    @property
+    def fraction(self) -> float:
+        """Bandwidth of the checked transport over that of plain sends."""
+        return self.transport_GBps / self.plain_GBps
+
+
+def orchestration_s(num_blocks: int = _REQUEST_BLOCKS, rounds: int = 50) -> float:
+    """Processor time of one request's handover, both ends together, without its bytes.
+
+    Blocks of 64 bytes over the in-process wire: block tables, tags, windows, deadlines, reports.
+    """
+    cache = _tiny_cache(2 * num_blocks)
+    hub = LocalHub(2)
+    ends = [BlockTransport(hub.wire(rank), clock=time.perf_counter) for rank in range(2)]
+    for end in ends:
+        end.register(RegisteredPool(cache))
+    times = []
+    for number in range(rounds):
+        began_s = time.process_time()
+        receive = ends[1].receive(
+            refs_of(range(num_blocks, 2 * num_blocks), number), source=0, channel=number
+        )
+        ends[0].send(refs_of(range(num_blocks), number), to=1, channel=number)
+        ends[1].wait(receive)
+        ends[0].poll()
+        times.append(time.process_time() - began_s)
+        if not receive.report.is_clean:
+            raise TransportError(f"the blocks did not arrive: {receive.report}")
+    return median(times)
+
+
+def measure_transport(
+    medium: Medium = "gloo", *, num_blocks: int = 96, rounds: int = 9, timeout_s: float = 120.0
+) -> TransportTimes:
+    """Start two processes and measure between them.
+
+    Args:
+        num_blocks: blocks of 16 tokens in a transfer (737,280 bytes each).
+        rounds: timed rounds, after two that are not.
+
+    Raises:
+        TransportError: a process failed or did not answer in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        common = f"file://{Path(folder) / 'meet'}", num_blocks, rounds, theirs
+        ranks = [
+            context.Process(target=_rank_main, args=(medium, rank, *common), daemon=True)
+            for rank in range(2)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            if not ours.poll(timeout_s):
+                raise TransportError(f"the processes did not answer within {timeout_s} s")
+            answer = ours.recv()
+        finally:
+            for process in ranks:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
+    if isinstance(answer, str):
+        raise TransportError(f"a process failed: {answer}")
+    answer["samples"] = tuple(tuple(sample) for sample in answer["samples"])
+    return TransportTimes(**answer)
+
+
+def _rank_main(
+    medium: Medium, rank: int, init: str, num_blocks: int, rounds: int, answers: Any
+) -> None:
+    """One process; leaves without interpreter exit, as NIXL asks for."""
+    torch.set_num_threads(1)
+    try:
+        times = run_rank(connect(medium, rank, 2, init), num_blocks, rounds)
+        if rank == 1:
+            answers.send(asdict(times))
+        dist.barrier()
+    except BaseException as error:
+        answers.send(f"{type(error).__name__}: {error}")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run_rank(wire: Wire, num_blocks: int, rounds: int) -> TransportTimes:
+    """This rank's part of the measurement: rank 0 sends, rank 1 receives; both get times."""
+    sending = wire.rank == 0
+    cache = PagedKVCache(SMOLLM2_135M, num_blocks, 16)
+    cache.pages.fill_(1.0)
+    flat = torch.ones(cache.nbytes, dtype=torch.uint8)
+    big = {True: _transport(wire, cache, True), False: _transport(wire, cache, False)}
+    small = _transport(wire, _tiny_cache(_REQUEST_BLOCKS), True)
+    channel = iter(range(2**31))
+
+    def plain() -> None:
+        if sending:
+            dist.send(flat, 1)
+        else:
+            dist.recv(flat, 0)
+
+    def move(transport: BlockTransport, count: int) -> Callable[[], None]:
+        def run() -> None:
+            refs, number = refs_of(range(count), 1), next(channel)
+            if sending:
+                transfer = transport.send(refs, to=1, channel=number)
+            else:
+                transfer = transport.receive(refs, source=0, channel=number)
+            transport.wait(transfer)
+            if transfer.error or not (sending or transfer.report.is_clean):
+                raise TransportError(f"a transfer failed: {transfer.error} {transfer.report}")
+
+        return run
+
+    counts = sorted({1, 2, 4, 8, 16, 32, num_blocks})
+    versions: dict[Any, Callable[[], None]] = {
+        "plain": plain,
+        "checked": move(big[True], num_blocks),
+        "unchecked": move(big[False], num_blocks),
+        "small": move(small, _REQUEST_BLOCKS),
+        **{count: move(big[True], count) for count in counts if count <= num_blocks},
+    }
+    seconds = _interleave(versions, rounds)
+    return TransportTimes(
+        num_bytes=cache.nbytes,
+        plain_GBps=cache.nbytes / seconds["plain"] / 1e9,
+        transport_GBps=cache.nbytes / seconds["checked"] / 1e9,
+        unverified_GBps=cache.nbytes / seconds["unchecked"] / 1e9,
+        small_transfer_s=seconds["small"],
+        samples=tuple((n * cache.block_bytes, s) for n, s in seconds.items() if isinstance(n, int)),
+    )
+
+
+def _interleave(versions: dict[Any, Callable[[], None]], rounds: int) -> dict[Any, float]:
+    """Median seconds of each version; every run starts when both ranks are ready."""
+    times: dict[Any, list[float]] = {name: [] for name in versions}
+    for round_ in range(-2, rounds):
+        for name, run in versions.items():
+            dist.barrier()
+            began_s = time.perf_counter()
+            run()
+            if round_ >= 0:
+                times[name].append(time.perf_counter() - began_s)
+    return {name: median(values) for name, values in times.items()}
+
+
+def _transport(wire: Wire, cache: PagedKVCache, verify: bool) -> BlockTransport:
+    transport = BlockTransport(wire, clock=time.perf_counter, verify=verify)
+    transport.register(RegisteredPool(cache))
+    return transport
+
+
+def _tiny_cache(num_blocks: int) -> PagedKVCache:
+    shape = replace(SMOLLM2_135M, num_hidden_layers=1, num_key_value_heads=1, head_dim=2)
+    return PagedKVCache(shape, num_blocks, 4)
+
+
+def main() -> None:
+    """Print what was measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--medium", choices=("gloo", "nccl", "nixl"), default="gloo")
+    parser.add_argument("--blocks", type=int, default=96, help="blocks of 16 tokens a transfer")
+    parser.add_argument("--rounds", type=int, default=9)
+    chosen = parser.parse_args()
+    times = measure_transport(chosen.medium, num_blocks=chosen.blocks, rounds=chosen.rounds)
+    fit: LinkFit = fit_link(times.samples)
+    print(f"medium                 {chosen.medium}, two processes of this machine")
+    print(f"one transfer           {times.num_bytes / 1e6:.1f} MB in {chosen.blocks} blocks")
+    print(f"plain send and recv    {times.plain_GBps:.2f} GB/s")
+    print(f"transport, checked     {times.transport_GBps:.2f} GB/s ({times.fraction:.0%} of plain)")
+    print(f"transport, unchecked   {times.unverified_GBps:.2f} GB/s")
+    print(f"32 tiny blocks         {times.small_transfer_s * 1e3:.2f} ms from start to landed")
+    print(f"orchestration          {orchestration_s() * 1e3:.2f} ms of processor time a request")
+    print(
+        f"fitted link            {fit.link.latency_s * 1e6:.0f} us + bytes / "
+        f"{fit.link.bandwidth_GBps:.2f} GB/s, median error {fit.median_error:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
