@@ -103,7 +103,6 @@ class DiskTier:
         with self._guard:
             assert len(self._known) <= self.num_blocks, "more files than allowed"
             assert len(self._policy) == len(self._known), "policy and index disagree"
-        assert not list(self._directory.glob("*.tmp")), "a temporary file was left behind"
 
     # ---- inside ----------------------------------------------------------------------------
 
