@@ -57,7 +57,7 @@ def wait_until_all_are_gone(pids: list[int]) -> None:
 def work_until_tokens(pool: ReplicaPool, count: int) -> list[ReplicaOutput]:
     """Poll until that many open requests have a first token, so that work is under way."""
     ended: list[ReplicaOutput] = []
-    while pool.num_started < count:
+    while pool.num_started() < count:
         ended += pool.poll(0.2)
         assert pool.num_open, "all ended before the accident"
     return ended
@@ -240,7 +240,7 @@ def test_nonsense_is_refused_before_anything_starts(
 
 
 def test_torchrun_by_hand(expected: list[list[int]]) -> None:
-    """The command of the README: rank 0 routes, all ranks serve."""
+    """The command of the chapter: rank 0 routes, all ranks serve."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
         *("-m", "ch15_helpers.serving.replicas", "--model", "random:TINY", "--requests", "4"),

@@ -119,10 +119,10 @@ class ReplicaPool:
         """Requests without an answer."""
         return len(self._open) + len(self._ended)
 
-    @property
-    def num_started(self) -> int:
-        """Open requests that have their first token."""
-        return sum(output.ttft_s is not None for output in self._open.values())
+    def num_started(self, replica: int | None = None) -> int:
+        """Open requests that have their first token; of one replica, or of all."""
+        started = [each for each in self._open.values() if each.ttft_s is not None]
+        return sum(replica in (None, each.replica) for each in started)
 
     def submit(
         self,
@@ -250,6 +250,7 @@ class ReplicaPool:
             self._give_up(output, f"no replica is alive ({fates}); start the pool again")
             return
         output.num_attempts += 1
+        output.replica = attempt.replica
         self._open[attempt.attempt_id] = output
         self.links[attempt.replica].channel.send(
             {
@@ -263,7 +264,7 @@ class ReplicaPool:
     def _give_up(self, output: ReplicaOutput, reason: str) -> None:
         output.finish_reason = "error"
         output.error = f"request {output.request_id} was not answered: {reason}"
-        output.token_ids, output.ttft_s = [], None
+        output.token_ids, output.ttft_s, output.replica = [], None, -1
         self._ended.append(output)
 
     def _hear(self, link: Link) -> None:
@@ -299,7 +300,6 @@ class ReplicaPool:
             return
         output.token_ids, output.finish_reason = message["token_ids"], message["finish_reason"]
         output.error, output.num_cached_tokens = message["error"], message["cached"]
-        output.replica = link.rank
         output.e2e_s = time.monotonic() - output.submitted_s
         self._ended.append(output)
 

@@ -64,7 +64,7 @@ class ReplicaOutput:
     Attributes:
         request_id: number of the request in its pool.
         token_ids, finish_reason, error: as in RequestOutput.
-        replica: who answered; -1 when nobody could.
+        replica: who has it, and then who answered; -1 when nobody could.
         num_attempts: placements, 1 unless replicas died.
         num_cached_tokens: prompt tokens that the replica had in its cache.
         ttft_s, e2e_s: first token and answer, as the router saw them; None without.
