@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +18,17 @@ def triton_installed() -> bool:
 def use_triton(*tensors: Tensor) -> bool:
     """Whether all tensors are on a CUDA device with contiguous last axes, and Triton is there."""
     return all(t.is_cuda and t.stride(-1) == 1 for t in tensors) and triton_installed()
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 elsewhere, for Triton's interpreter."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device is a Hopper GPU (compute capability 9.0), for kernels written for it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.kernels.dispatch import triton_installed
-from ch15_helpers.kernels.kv_quant import dequantise
+from ch15_helpers.kernels.kv_quant import dequantise, is_quantised
 from ch15_helpers.kernels.paged_attention_sdpa import paged_attention_sdpa
 
 BACKENDS = ("auto", "reference", "sdpa", "triton")
@@ -68,8 +68,7 @@ def paged_attention(
         return paged_attention_sdpa(q, k_cache, v_cache, batch, scale, k_scale, v_scale)
     from ch15_helpers.kernels.paged_attention_triton import paged_attention_triton
 
-    scales = {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
-    return paged_attention_triton(q, k_cache, v_cache, batch, scale, **scales)
+    return paged_attention_triton(q, k_cache, v_cache, batch, scale, k_scale, v_scale)
 
 
 def triton_unsupported_reason(q: Tensor, k_cache: Tensor) -> str | None:
@@ -80,7 +79,7 @@ def triton_unsupported_reason(q: Tensor, k_cache: Tensor) -> str | None:
         return f"head_dim is {q.shape[-1]}, the kernel takes at most 256"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the queries are {q.dtype}, the kernel needs float16, bfloat16 or float32"
-    if k_cache.dtype != q.dtype:
+    if k_cache.dtype != q.dtype and not is_quantised(k_cache.dtype):
         return f"the cache is {k_cache.dtype}, the kernel needs the queries' {q.dtype}"
     if k_cache.stride(-1) != 1:
         return "the cache's last axis is not contiguous"
