@@ -6,11 +6,22 @@ Parts are kept in the batch's scratch, because all layers of a step need the sam
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
+
+
+def upload_int32(values: npt.NDArray[np.integer[Any]], device: torch.device) -> Tensor:
+    """int32 on a device; from pinned memory, so that the host does not wait for the device."""
+    host = torch.from_numpy(values.astype(np.int32))
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def leading_decodes(batch: BatchMetadata) -> int:
@@ -63,8 +74,8 @@ def split_chunks(batch: BatchMetadata, max_tokens: int) -> BatchMetadata:
         lens = np.minimum(max_tokens, query_lens[seq] - first)
         contexts = (context_lens - query_lens)[seq] + first + lens
         starts = np.concatenate(([0], np.cumsum(lens)))
-        packed = np.concatenate((starts, contexts, seq)).astype(np.int32)
-        on_device = torch.from_numpy(packed).to(batch.query_starts.device)
+        packed = np.concatenate((starts, contexts, seq))
+        on_device = upload_int32(packed, batch.query_starts.device)
         rows = on_device[-len(seq) :]
         batch.scratch[key] = replace(
             batch,

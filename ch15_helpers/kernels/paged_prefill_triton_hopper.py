@@ -34,6 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ch15_helpers.kernels.attention_tile_triton import LOG2E
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.batch_split import upload_int32
 from ch15_helpers.kernels.dispatch import num_processors
 from ch15_helpers.kernels.kv_gather_triton import gather_kv_triton
 from ch15_helpers.kernels.prefill_plan import plan_prefill
@@ -239,17 +240,21 @@ class _Plan:
 
 
 def worth_gathering(q: Tensor, k_cache: Tensor, batch: BatchMetadata) -> bool:
-    """Whether this kernel takes the batch: 16-bit queries, lengths known, long chunks."""
-    num_tokens, _, head_dim = q.shape
-    keys = sum(batch.context_lens_host)
-    gathered = 2 * keys * k_cache.shape[2] * _d_pad(head_dim) * q.element_size()
+    """Whether this kernel takes the batch: 16-bit queries, lengths known, long chunks.
+
+    The gather costs a time per key, and this kernel saves one per pair of query and key. They
+    were equal at 64 queries a key on an H200.
+    """
+    head_dim = q.shape[2]
+    queries, keys = batch.query_lens_host, batch.context_lens_host
+    if not len(queries) == len(keys) == batch.num_seqs or min(keys) == 0:
+        return False
+    gathered = 2 * sum(keys) * k_cache.shape[2] * _d_pad(head_dim) * q.element_size()
     return (
         q.dtype in (torch.bfloat16, torch.float16)
-        and len(batch.query_lens_host) == batch.num_seqs == len(batch.context_lens_host)
-        and min(batch.context_lens_host) > 0
-        and num_tokens >= 32 * batch.num_seqs
         and head_dim <= 256
         and gathered <= _MAX_GATHERED_BYTES
+        and sum(n * c for n, c in zip(queries, keys, strict=True)) >= 64 * sum(keys)
     )
 
 
@@ -307,7 +312,7 @@ def _make_plan(batch: BatchMetadata, group: int, num_kv_heads: int, d_pad: int, 
         num_kv_heads,
         num_processors(q.device),
     )
-    on_device = torch.from_numpy(np.concatenate((items.ravel(), offsets))).to(q.device)
+    on_device = upload_int32(np.concatenate((items.ravel(), offsets)), q.device)
     shape = (sum(batch.context_lens_host), num_kv_heads, d_pad)
     return _Plan(
         items=on_device[: items.size].view(items.shape),
