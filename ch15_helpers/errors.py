@@ -66,3 +66,7 @@ class TierError(Ch15Error):
 
 class TransportError(Ch15Error):
     """A KV transport is set up or used wrongly, or its connection is gone; says which and why."""
+
+
+class MoEError(Ch15Error, ValueError):
+    """A routing, a placement or a set-up of expert parallelism makes no sense; says which and why."""

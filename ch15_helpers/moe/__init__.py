@@ -1,0 +1,1 @@
+"""Mixture of experts over many ranks: routing, dispatch, overlap, topology and balance."""
