@@ -40,7 +40,7 @@ from ch15_helpers.kernels.kv_gather_triton import gather_kv_triton
 from ch15_helpers.kernels.prefill_plan import plan_prefill
 
 ROWS = 128
-_MAX_GATHERED_BYTES = 1 << 29
+_MAX_GATHERED_BYTES = 1 << 30
 
 
 @gluon.jit
