@@ -163,6 +163,19 @@ def mooncake() -> list[list[int]]:
     return [[name for name, _ in each.segments] for each in read_mooncake_jsonl(MOONCAKE)]
 
 
+def test_a_pool_that_fits_exactly_keeps_everything() -> None:
+    circle = [[(user, i) for i in range(10)] for _ in range(4) for user in range(8)]
+    for policy in EVICTION_POLICIES:
+        assert replay(circle, 80, policy=policy).block_hit_rate == 0.75
+    assert replay(circle, 70).hit_blocks == 0, "LRU evicts exactly what comes next"
+
+
+def test_what_hits_are_worth() -> None:
+    cost = RecomputeCost(token_s=1.0, pair_s=1.0)
+    found = replay([[1, 2, 3], [1, 2, 4]], 10, cost=cost)
+    assert (found.saved_s, found.prompt_s) == (2 + 3, 2 * (2 + 3 + 4))
+
+
 def test_an_infinite_cache_hits_what_mooncake_says(mooncake: list[list[int]]) -> None:
     found = replay(mooncake, 200_000)
     assert found.prompt_blocks == 288_500 and found.evicted == 0
