@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ch15_helpers.disagg.connect import connect
+from ch15_helpers.disagg.connect import Place, connect
+from ch15_helpers.disagg.fabric import Fabric, FabricWire
 from ch15_helpers.disagg.faults import FaultyWire
 from ch15_helpers.disagg.heads import head_routes, heads_of
+from ch15_helpers.disagg.link import LinkModel
 from ch15_helpers.disagg.pool import Part, RegisteredPool, refs_of
 from ch15_helpers.disagg.transport import BlockTransport
 from ch15_helpers.kv.cache import PagedKVCache
@@ -33,7 +35,7 @@ def main(medium: Any, rank: int, world_size: int, init_method: str, job: str, re
     """Run one rank's part of a job. Leaves without interpreter exit, as NIXL asks for."""
     torch.set_num_threads(1)
     try:
-        wire = connect(medium, rank, world_size, init_method)
+        wire = connect(medium, Place(rank, world_size, init_method)).wire
         results.put((rank, JOBS[job](wire, rank)))
         if job != "dying":
             dist.barrier()  # nobody's connections go before everybody is ready
@@ -167,4 +169,28 @@ def dying(wire: Any, rank: int) -> dict[str, Any]:
     return {"state": receive.state.value, "missing": len(receive.report.missing)}
 
 
-JOBS = {"tour": tour, "damaged": damaged, "split_heads": split_heads, "dying": dying}
+def simulated(wire: Any, rank: int) -> dict[str, Any]:
+    """Two ranks: a modelled network on the real clock, around the real wire."""
+    fabric = Fabric(LinkModel(latency_s=0.3, bandwidth_GBps=1.0), time.perf_counter)
+    transport, cache = new_transport(FabricWire(wire, fabric), rank)
+    dist.barrier()
+    began_s = time.perf_counter()
+    if rank == 0:
+        transport.wait(transport.send(refs_of(ORDER, 1), to=1, channel=1))
+        return {"kind": fabric.kind, "messages": len(fabric.deliveries)}
+    receive = transport.receive(refs_of(ORDER[::-1], 1), source=0, channel=1)
+    transport.wait(receive)
+    return {
+        "waited": time.perf_counter() - began_s >= 0.3,
+        "clean": receive.report.is_clean,
+        "equal": torch.equal(cache.pages[ORDER[::-1]], content(0)[ORDER]),
+    }
+
+
+JOBS = {
+    "simulated": simulated,
+    "tour": tour,
+    "damaged": damaged,
+    "split_heads": split_heads,
+    "dying": dying,
+}

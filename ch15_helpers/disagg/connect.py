@@ -1,68 +1,135 @@
-"""Joins processes: a store to meet at, and the wires that are made through it."""
+"""Joins processes: finds out who they are, and opens a wire between them.
+
+Processes come from ``torchrun`` (one node or many), from ``mpirun``, or from our own tests, which
+say who they are.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ch15_helpers.disagg.wire import Wire
 from ch15_helpers.disagg.wire_collective import GlooWire, NcclWire
+from ch15_helpers.disagg.wire_mpi import MpiWire, under_mpirun
 from ch15_helpers.disagg.wire_nixl import NixlWire
 
-Medium = Literal["gloo", "nccl", "nixl"]
+Medium = Literal["gloo", "nccl", "nixl", "mpi"]
+MEDIA: tuple[Medium, ...] = ("gloo", "nccl", "nixl", "mpi")
 
 
-def connect(
-    medium: Medium, rank: int, world_size: int, init_method: str = "env://", timeout_s: float = 60.0
-) -> Wire:
-    """Meet the other ranks and open a wire to them. Every rank must call it.
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands.
+
+    Attributes:
+        init_method: how torch.distributed finds the others.
+    """
+
+    rank: int
+    world_size: int
+    init_method: str = "env://"
+
+
+def place_from_environment() -> Place | None:
+    """What torchrun or mpirun says, or None when neither started this process."""
+    environment = os.environ
+    if under_mpirun():
+        return Place(
+            int(environment["OMPI_COMM_WORLD_RANK"]), int(environment["OMPI_COMM_WORLD_SIZE"])
+        )
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Place(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
+    return None
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A process that has met the others.
+
+    Attributes:
+        wire: for a BlockTransport.
+        barrier: waits until all ranks are there.
+        send, recv: (tensor, peer); plain and blocking, what a transport is measured against.
+    """
+
+    wire: Wire
+    barrier: Callable[[], None]
+    send: Callable[[Tensor, int], Any]
+    recv: Callable[[Tensor, int], Any]
+
+    def leave(self) -> None:
+        """Wait for the others and end the process, without the interpreter's own exit.
+
+        NIXL may crash in that, and threads that wait for a peer would abort it.
+        """
+        self.barrier()
+        if isinstance(self.wire, MpiWire):
+            self.wire.finalise()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def connect(medium: Medium, place: Place, timeout_s: float = 60.0) -> Joined:
+    """Meet the other ranks. Every rank must call it.
 
     Args:
-        init_method: as of ``torch.distributed``; ``env://`` is what torchrun prepares.
-        timeout_s: how long to wait for the others.
+        timeout_s: how long to wait for the others (not for MPI, which mpirun has joined already).
 
     Raises:
         ValueError: no such medium.
         TransportError: its library is missing.
     """
-    if medium not in ("gloo", "nccl", "nixl"):
-        raise ValueError(f"medium must be gloo, nccl or nixl, got {medium!r}")
+    if medium not in MEDIA:
+        raise ValueError(f"medium must be one of {', '.join(MEDIA)}, got {medium!r}")
+    if medium == "mpi":
+        wire = MpiWire()
+        return Joined(
+            wire,
+            wire.communicator.Barrier,
+            lambda tensor, peer: wire.communicator.Send(tensor.numpy(), peer),
+            lambda tensor, peer: wire.communicator.Recv(tensor.numpy(), peer),
+        )
     options: dict[str, Any] = {}
     if medium == "nccl":
-        device = torch.device("cuda", rank % torch.cuda.device_count())
+        device = torch.device("cuda", place.rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         options["device_id"] = device
     dist.init_process_group(
         "nccl" if medium == "nccl" else "gloo",
-        init_method=init_method,
-        rank=rank,
-        world_size=world_size,
+        init_method=place.init_method,
+        rank=place.rank,
+        world_size=place.world_size,
         timeout=timedelta(seconds=timeout_s),
         **options,
     )
+    return Joined(_open(medium, place), dist.barrier, dist.send, dist.recv)
+
+
+def _open(medium: Medium, place: Place) -> Wire:
     if medium == "gloo":
         return GlooWire()
     if medium == "nccl":
         return NcclWire()
-    return NixlWire(rank, world_size, all_gather_bytes())
+    return NixlWire(place.rank, place.world_size, all_gather_bytes)
 
 
-def all_gather_bytes() -> Callable[[bytes], Sequence[bytes]]:
-    """An exchange over the default group: bytes of this rank to the bytes of all."""
-
-    def exchange(data: bytes) -> Sequence[bytes]:
-        world_size = dist.get_world_size()
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
-        dist.all_gather(sizes, torch.tensor([len(data)]))
-        longest = max(int(size) for size in sizes)
-        mine = torch.zeros(longest, dtype=torch.uint8)
-        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        all_data = [torch.zeros_like(mine) for _ in range(world_size)]
-        dist.all_gather(all_data, mine)
-        return [bytes(row[: int(size)].tolist()) for row, size in zip(all_data, sizes, strict=True)]
-
-    return exchange
+def all_gather_bytes(data: bytes) -> Sequence[bytes]:
+    """Bytes of all ranks of the default group, in order, for the bytes of this one."""
+    world_size = dist.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    mine = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    rows = [torch.zeros_like(mine) for _ in range(world_size)]
+    dist.all_gather(rows, mine)
+    return [bytes(row[: int(size)].tolist()) for row, size in zip(rows, sizes, strict=True)]

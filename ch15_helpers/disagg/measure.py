@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,9 +19,15 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ch15_helpers.disagg.connect import Medium, connect
+from ch15_helpers.disagg.connect import (
+    MEDIA,
+    Joined,
+    Medium,
+    Place,
+    connect,
+    place_from_environment,
+)
 from ch15_helpers.disagg.link import LinkFit, fit_link
 from ch15_helpers.disagg.pool import RegisteredPool, refs_of
 from ch15_helpers.disagg.transport import BlockTransport
@@ -123,21 +129,22 @@ def measure_transport(
 def _rank_main(
     medium: Medium, rank: int, init: str, num_blocks: int, rounds: int, answers: Any
 ) -> None:
-    """One process; leaves without interpreter exit, as NIXL asks for."""
+    """One process of ``measure_transport``."""
     torch.set_num_threads(1)
     try:
-        times = run_rank(connect(medium, rank, 2, init), num_blocks, rounds)
+        joined = connect(medium, Place(rank, 2, init))
+        times = run_rank(joined, num_blocks, rounds)
         if rank == 1:
             answers.send(asdict(times))
-        dist.barrier()
+        joined.leave()
     except BaseException as error:
         answers.send(f"{type(error).__name__}: {error}")
-    sys.stdout.flush()
-    os._exit(0)
+        os._exit(1)
 
 
-def run_rank(wire: Wire, num_blocks: int, rounds: int) -> TransportTimes:
+def run_rank(joined: Joined, num_blocks: int, rounds: int) -> TransportTimes:
     """This rank's part of the measurement: rank 0 sends, rank 1 receives; both get times."""
+    wire = joined.wire
     sending = wire.rank == 0
     cache = PagedKVCache(SMOLLM2_135M, num_blocks, 16)
     cache.pages.fill_(1.0)
@@ -148,9 +155,9 @@ def run_rank(wire: Wire, num_blocks: int, rounds: int) -> TransportTimes:
 
     def plain() -> None:
         if sending:
-            dist.send(flat, 1)
+            joined.send(flat, 1)
         else:
-            dist.recv(flat, 0)
+            joined.recv(flat, 0)
 
     def move(transport: BlockTransport, count: int) -> Callable[[], None]:
         def run() -> None:
@@ -173,7 +180,7 @@ def run_rank(wire: Wire, num_blocks: int, rounds: int) -> TransportTimes:
         "small": move(small, _REQUEST_BLOCKS),
         **{count: move(big[True], count) for count in counts if count <= num_blocks},
     }
-    seconds = _interleave(versions, rounds)
+    seconds = _interleave(versions, rounds, joined.barrier)
     return TransportTimes(
         num_bytes=cache.nbytes,
         plain_GBps=cache.nbytes / seconds["plain"] / 1e9,
@@ -184,12 +191,14 @@ def run_rank(wire: Wire, num_blocks: int, rounds: int) -> TransportTimes:
     )
 
 
-def _interleave(versions: dict[Any, Callable[[], None]], rounds: int) -> dict[Any, float]:
+def _interleave(
+    versions: dict[Any, Callable[[], None]], rounds: int, barrier: Callable[[], None]
+) -> dict[Any, float]:
     """Median seconds of each version; every run starts when both ranks are ready."""
     times: dict[Any, list[float]] = {name: [] for name in versions}
     for round_ in range(-2, rounds):
         for name, run in versions.items():
-            dist.barrier()
+            barrier()
             began_s = time.perf_counter()
             run()
             if round_ >= 0:
@@ -209,21 +218,45 @@ def _tiny_cache(num_blocks: int) -> PagedKVCache:
 
 
 def main() -> None:
-    """Print what was measured."""
+    """Measure between two processes: those of torchrun or mpirun, or two of our own."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--medium", choices=("gloo", "nccl", "nixl"), default="gloo")
+    parser.add_argument("--medium", choices=MEDIA, default="gloo")
     parser.add_argument("--blocks", type=int, default=96, help="blocks of 16 tokens a transfer")
     parser.add_argument("--rounds", type=int, default=9)
     chosen = parser.parse_args()
-    times = measure_transport(chosen.medium, num_blocks=chosen.blocks, rounds=chosen.rounds)
-    fit: LinkFit = fit_link(times.samples)
-    print(f"medium                 {chosen.medium}, two processes of this machine")
-    print(f"one transfer           {times.num_bytes / 1e6:.1f} MB in {chosen.blocks} blocks")
+    place = place_from_environment()
+    if place is None:
+        times = measure_transport(chosen.medium, num_blocks=chosen.blocks, rounds=chosen.rounds)
+        report(chosen.medium, chosen.blocks, times)
+        return
+    if place.world_size != 2:
+        parser.error(f"two processes are needed, {place.world_size} were started")
+    torch.set_num_threads(1)
+    try:
+        joined = connect(chosen.medium, place)
+        times = run_rank(joined, chosen.blocks, chosen.rounds)
+        if place.rank == 1:
+            report(chosen.medium, chosen.blocks, times)
+        joined.leave()
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)  # MPI's own exit would wait for the other process
+
+
+def report(medium: str, num_blocks: int, times: TransportTimes) -> None:
+    """Print what was measured."""
+    print(f"medium                 {medium}, two processes")
+    print(f"one transfer           {times.num_bytes / 1e6:.1f} MB in {num_blocks} blocks")
     print(f"plain send and recv    {times.plain_GBps:.2f} GB/s")
     print(f"transport, checked     {times.transport_GBps:.2f} GB/s ({times.fraction:.0%} of plain)")
     print(f"transport, unchecked   {times.unverified_GBps:.2f} GB/s")
     print(f"32 tiny blocks         {times.small_transfer_s * 1e3:.2f} ms from start to landed")
     print(f"orchestration          {orchestration_s() * 1e3:.2f} ms of processor time a request")
+    try:
+        fit: LinkFit = fit_link(times.samples)
+    except ValueError as error:
+        print(f"fitted link            none: {error}")
+        return
     print(
         f"fitted link            {fit.link.latency_s * 1e6:.0f} us + bytes / "
         f"{fit.link.bandwidth_GBps:.2f} GB/s, median error {fit.median_error:.0%}"
