@@ -1,0 +1,230 @@
+"""Dispatch and combine: copies of tokens go to the ranks of their experts, sums come back.
+
+One all-to-all of counts, one of rows there, one of results back, as in GShard (2020) and DeepEP
+(2025). With deduplication a token goes to a destination once, however many of its experts live
+there, and comes back as one weighted sum. A destination is a rank, or a node of several ranks
+(see ``topology``). All tables are sized by tokens times top k, or by destinations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ch15_helpers.errors import MoEError
+from ch15_helpers.kernels.dispatch import use_triton
+from ch15_helpers.kernels.moe_permute import sort_by_expert
+from ch15_helpers.moe.wire import WireFormat
+
+_TILE = 1 << 20  # tiles of the order are not used here: as few as possible
+
+Link = tuple[str, int, int]
+"""What travels ("counts", "dispatch", "combine", with its level); ranks of the world: from, to."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies of tokens, sorted by destination; before :meth:`cut` it is not known how many.
+
+    Attributes:
+        tokens: int64 [at least C], token of each copy.
+        positions: int64 [num_tokens, k], places of a token's copies, -1 where there is none.
+        slots: int64 [at least C, entries], slots at the destination, -1 for none.
+        weights: float32 [at least C, entries].
+        counts: int64 [num_destinations], copies for each.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    weights: Tensor
+    counts: Tensor
+
+
+def make_copies(
+    slots: Tensor, weights: Tensor, slots_per_destination: int, num_destinations: int, dedup: bool
+) -> Copies:
+    """Which copies a batch needs; nothing here waits for the host.
+
+    Args:
+        slots: int64 [num_tokens, k], global slots; -1 goes nowhere.
+        weights: float32 [num_tokens, k].
+        dedup: one copy for each (token, destination), else one for each (token, slot).
+    """
+    top_k = slots.shape[1]
+    home = slots.div(slots_per_destination, rounding_mode="floor")  # -1 stays -1
+    if dedup:
+        home = home.sort(dim=-1).values
+        repeated = torch.zeros_like(home, dtype=torch.bool)
+        repeated[:, 1:] = home[:, 1:] == home[:, :-1]
+        home = home.masked_fill(repeated, -1)
+    flat = home.flatten()
+    order = sort_by_expert(home.contiguous(), num_destinations, 1, _TILE)
+    # Past the end the order is undefined: any valid pair will do until the rows are cut off.
+    pairs = order.rows.long().clamp(0, max(0, flat.numel() - 1))
+    tokens = pairs.div(top_k, rounding_mode="floor")
+    if dedup:
+        first = (flat[pairs] * slots_per_destination)[:, None]
+        local = slots[tokens] - first
+        entries = torch.where((local >= 0) & (local < slots_per_destination), local, -1)
+        factors = weights[tokens]
+    else:
+        entries = slots.flatten()[pairs, None].remainder(slots_per_destination)
+        factors = weights.flatten()[pairs, None]
+    counts = torch.zeros(num_destinations + 1, dtype=torch.int64, device=slots.device)
+    keys = torch.where(flat < 0, num_destinations, flat)
+    counts.scatter_add_(0, keys, torch.ones_like(keys))
+    return Copies(tokens, order.positions.long().view(slots.shape), entries, factors, counts[:-1])
+
+
+def sum_copies(rows: Tensor, copies: Copies, dtype: torch.dtype) -> Tensor:
+    """Each token's results added up in order of destination: [num_tokens, hidden].
+
+    Args:
+        rows: [C, hidden], results in the order of the copies. A token without copies gets zeros.
+    """
+    num_tokens, hidden = copies.positions.shape[0], rows.shape[1]
+    if num_tokens and len(rows) and use_triton(rows):
+        from ch15_helpers.kernels.moe_permute_triton import combine_triton
+
+        ones = torch.ones_like(copies.positions, dtype=torch.float32)
+        return combine_triton(rows, copies.positions.int().flatten(), ones).to(dtype)
+    out = torch.zeros(num_tokens, hidden, dtype=torch.float32, device=rows.device)
+    return out.index_add_(0, copies.tokens[: len(rows)], rows.float()).to(dtype)
+
+
+class Pending:
+    """Rows on their way: what a started all-to-all will have received."""
+
+    def __init__(self, out: Tensor, sent: Tensor, work: Any) -> None:
+        self._out, self._work = out, work
+        self._sent: Tensor | None = sent  # must live until the transfer is over
+
+    def wait(self) -> Tensor:
+        """The received rows; on CUDA the current stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._sent = None
+        return self._out
+
+
+class Exchange:
+    """All-to-all between the ranks of a group, counting what it puts on each link.
+
+    Attributes:
+        rank, size: in the group. ranks: the group's members as ranks of the world.
+        link_bytes: bytes that this rank sent to others, by :data:`Link`; what stays is no link's.
+    """
+
+    def __init__(self, group: Any = None, level: str = "") -> None:
+        """``level`` is added to the name of what travels, where there is more than one."""
+        if not dist.is_initialized():
+            raise MoEError(
+                "expert parallelism needs torch.distributed: start the ranks with torchrun or "
+                "ch15_helpers.moe.launch, which call init_process_group"
+            )
+        self.group, self._level = group, level
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.link_bytes: Counter[Link] = Counter()
+
+    def counts(self, counts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Trade counts [size, num_batches]: those sent and those received, by batch.
+
+        The one place where the host waits: message sizes must be known to it.
+        """
+        counts = counts.contiguous()
+        received = torch.empty_like(counts)
+        dist.all_to_all_single(received, counts, group=self.group)
+        self._count("counts", [1] * self.size, counts[0].nbytes)
+        both = torch.stack((counts, received)).transpose(1, 2).tolist()
+        return both[0], both[1]
+
+    def start(
+        self, what: str, rows: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> Pending:
+        """Start sending ``sent[i]`` rows to rank i, in order, and receiving ``received[i]``."""
+        out = rows.new_empty((sum(received), rows.shape[1]))
+        self._count(what, sent, rows.shape[1] * rows.element_size())
+        bytes_out, bytes_in = out.view(torch.uint8), rows.contiguous().view(torch.uint8)
+        work = dist.all_to_all_single(
+            bytes_out, bytes_in, list(received), list(sent), group=self.group, async_op=True
+        )
+        return Pending(out, bytes_in, work)
+
+    def _count(self, what: str, rows: Sequence[int], row_bytes: int) -> None:
+        me = self.ranks[self.rank]
+        for peer, count in enumerate(rows):
+            if peer != self.rank and count:
+                self.link_bytes[what + self._level, me, self.ranks[peer]] += count * row_bytes
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Copies of one batch with the counts that the ranks have agreed on.
+
+    Attributes:
+        sent, received: rows to and from each rank of the group.
+    """
+
+    copies: Copies
+    sent: list[int]
+    received: list[int]
+
+
+class Dispatcher:
+    """Sends tokens to destinations and brings their results back, in phases that may overlap.
+
+    Args:
+        exchange: the group; each of its ranks is a destination.
+        slots_per_destination: see :func:`make_copies`.
+        wire: layout of the rows; ``entries`` is the router's top k, or 1 without deduplication.
+        combine_dtype: type in which results travel back.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        slots_per_destination: int,
+        wire: WireFormat,
+        combine_dtype: torch.dtype,
+        dedup: bool = True,
+    ) -> None:
+        self.exchange, self.wire, self.dedup = exchange, wire, dedup
+        self._size, self._combine_dtype = slots_per_destination, combine_dtype
+
+    def plan(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Trip]:
+        """Agree on the counts of some batches at once: (weights, global slots) of each."""
+        made = [
+            make_copies(slots, weights, self._size, self.exchange.size, self.dedup)
+            for weights, slots in batches
+        ]
+        sent, received = self.exchange.counts(torch.stack([c.counts for c in made], dim=1))
+        return [Trip(*parts) for parts in zip(made, sent, received, strict=True)]
+
+    def start_dispatch(self, x: Tensor, trip: Trip) -> Pending:
+        """Pack [num_tokens, hidden] and send; what arrives is for :meth:`unpack`."""
+        copies, num_rows = trip.copies, sum(trip.sent)
+        rows = x.index_select(0, copies.tokens[:num_rows])
+        packed = self.wire.encode(rows, copies.slots[:num_rows], copies.weights[:num_rows])
+        return self.exchange.start("dispatch", packed, trip.sent, trip.received)
+
+    def unpack(self, arrived: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [R, hidden], weights and this destination's slots [R, entries]."""
+        rows, slots, weights = self.wire.decode(arrived, dtype)
+        return rows, weights, slots
+
+    def start_combine(self, results: Tensor, trip: Trip) -> Pending:
+        """Send results [R, hidden], in the order of what arrived, back to their sources."""
+        rows = results.to(self._combine_dtype)
+        return self.exchange.start("combine", rows, trip.received, trip.sent)
+
+    def finish(self, returned: Tensor, trip: Trip, dtype: torch.dtype) -> Tensor:
+        """[num_tokens, hidden] of the results that came back."""
+        return sum_copies(returned, trip.copies, dtype)

@@ -1,0 +1,169 @@
+"""Ranks of real gloo processes for the expert-parallel tests; they answer through a queue."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ch15_helpers.moe.balancing import balance_hierarchical
+from ch15_helpers.moe.expert_parallel import ExpertParallelConfig
+from ch15_helpers.moe.experts import ExpertWeights
+from ch15_helpers.moe.placement import ExpertPlacement
+from ch15_helpers.moe.routing import SyntheticRouter
+from ch15_helpers.moe.topology import NodeGroups, make_expert_parallel, make_node_groups
+from ch15_helpers.moe.traffic import count_links
+
+
+def run_ranks(world_size: int, job: str, folder: Path) -> dict[int, Any]:
+    """Run a job of :data:`JOBS` on every rank, and return what each of them found."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    init = f"file://{folder / 'meet'}"
+    ranks = [
+        context.Process(target=main, args=(rank, world_size, init, job, results))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    answers: dict[int, Any] = {}
+    try:
+        while len(answers) < world_size:
+            rank, answer = results.get(timeout=120)
+            answers[rank] = answer
+            if isinstance(answer, str):
+                break
+    except queue.Empty:
+        answers[-1] = f"no answer from {set(range(world_size)) - set(answers)}"
+    finally:
+        for process in ranks:
+            process.join(0.1 if any(isinstance(a, str) for a in answers.values()) else 10)
+            if process.is_alive():
+                process.kill()
+    errors = {rank: a for rank, a in answers.items() if isinstance(a, str)}
+    assert not errors, errors
+    return answers
+
+
+def main(rank: int, world_size: int, init: str, job: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size)
+        results.put((rank, JOBS[job](rank, world_size)))
+        dist.barrier()
+    except BaseException as error:
+        results.put((rank, f"{type(error).__name__}: {error}"))
+    results.close()
+    results.join_thread()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+class Case:
+    """One layer, one batch on each rank, known to every rank; and its float64 reference."""
+
+    def __init__(self, rank: int, world: int, seed: int, **options: Any) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.rank, self.world = rank, world
+        self.num_experts = options.pop("num_experts", 7 + seed % 6)
+        self.top_k = options.pop("top_k", 1 + seed % 4)
+        hidden, inner = options.pop("dims", (40 + 8 * (seed % 3), 24))
+        sizes = torch.randint(0, 40, (world,), generator=generator).tolist()
+        self.sizes = options.pop("sizes", sizes)
+        one_expert = options.pop("one_expert", None)
+        self.placement = options.pop("placement", None) or self.placed(options.pop("spare", 0))
+        self.dtype = options.pop("dtype", torch.float32)
+        self.config = ExpertParallelConfig(**options)
+
+        def normal(*shape: int) -> torch.Tensor:
+            values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return values.to(self.dtype)
+
+        self.all = ExpertWeights(
+            normal(self.num_experts, 2 * inner, hidden) / hidden**0.5,
+            normal(self.num_experts, hidden, inner),
+        )
+        router = SyntheticRouter(self.num_experts, self.top_k, skew=0.8, seed=seed)
+        self.batches = []
+        for size in self.sizes:
+            weights, experts = router.route(size)
+            if one_expert is not None:
+                experts = torch.full_like(experts, one_expert)
+            self.batches.append((normal(size, hidden), weights, experts))
+
+    def placed(self, spare: int) -> ExpertPlacement:
+        """Even, or with spare slots full of replicas of the low experts."""
+        if not spare:
+            return ExpertPlacement.even(self.num_experts, self.world)
+        loads = [1.0 / (1 + expert) for expert in range(self.num_experts)]
+        size = -(-self.num_experts // self.world) + spare
+        return balance_hierarchical(loads, self.world, size, self.world)
+
+    def layer(self, groups: NodeGroups | None = None) -> Any:
+        own = self.all.of_rank(self.placement, self.rank)
+        return make_expert_parallel(
+            own, self.placement, self.top_k, self.config, node_groups=groups
+        )
+
+    def expected(self) -> torch.Tensor:
+        """Every expert on every token of this rank in float64, then the chosen ones."""
+        return dense_float64(self.all, *self.batches[self.rank])
+
+
+def dense_float64(
+    all_experts: ExpertWeights, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    wide = torch.einsum("th,eih->tei", x.double(), all_experts.gate_up.double())
+    gate, up = wide.chunk(2, -1)
+    y = torch.einsum("tei,ehi->teh", gate * gate.sigmoid() * up, all_experts.down.double())
+    num_experts = y.shape[1]
+    chosen = torch.zeros(x.shape[0], num_experts + 1, dtype=torch.float64)
+    keys = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    chosen.scatter_add_(1, keys, weights.double())
+    return torch.einsum("te,teh->th", chosen[:, :-1], y)
+
+
+def error_of(out: torch.Tensor, expected: torch.Tensor) -> float:
+    if not out.numel():
+        return 0.0 if out.shape == expected.shape else float("inf")
+    return float((out.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def random_cases(rank: int, world: int) -> list[dict[str, Any]]:
+    """Random shapes over every way of dispatching: relative errors and bytes on links."""
+    found = []
+    groups = {n: make_node_groups(n) for n in (1, 2, world) if world % n == 0}
+    modes: list[dict[str, Any]] = [{}, {"deduplicate": False}, {"spare": 1}]
+    modes += [{"ranks_per_node": n} for n in groups]
+    modes += [{"ranks_per_node": 2, "spare": 2, "nearest_replica": True}] if 2 in groups else []
+    modes += [{"ranks_per_node": n, "deduplicate": False} for n in groups]
+    modes += [{"sizes": [0] * (world - 1) + [9]}, {"sizes": [0] * world}]
+    modes += [{"one_expert": 3, "top_k": 1}, {"one_expert": 3, "top_k": 1, "ranks_per_node": 1}]
+    modes += [{"num_experts": world, "top_k": world}, {"num_experts": 2 * world - 1, "top_k": 2}]
+    for seed, mode in enumerate(modes * 2):
+        case = Case(rank, world, seed, **mode)
+        layer = case.layer(groups.get(case.config.ranks_per_node))
+        out = layer(*case.batches[rank])
+        counted = count_links(
+            [experts for _, _, experts in case.batches], case.placement, case.config,
+            case.all.hidden_size, torch.float32, case.top_k,
+        )  # fmt: skip
+        mine = {link: count for link, count in counted.items() if link[1] == rank}
+        found.append(
+            {
+                "mode": f"{mode} seed {seed}",
+                "error": error_of(out, case.expected()),
+                "links": layer.link_bytes == mine,
+                "bytes": sum(mine.values()),
+            }
+        )
+    return found
+
+
+JOBS = {"random": random_cases}
