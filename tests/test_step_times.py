@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ch15_helpers.bench import fit_step_time
 from ch15_helpers.bench.fit_step_time import SWEEPS, Mix, Sweep, Timer, capacity_per_s, fit_on
+from ch15_helpers.bench.targets import TARGETS, validator_of
+from ch15_helpers.bench.validate_batching import judge
 from ch15_helpers.errors import Ch15Error
 from ch15_helpers.serving import step_time_data
 from ch15_helpers.serving.config import SchedulerConfig
@@ -136,3 +139,15 @@ def test_the_command_prints_stores_where_told_and_refuses_nonsense(
     assert replace(stored.model, fitted_on="").to_dict() != StepTimeModel(1.0).to_dict()
     wrong = CliRunner().invoke(app, ["--device", "gpu"])
     assert wrong.exit_code == 1 and "error:" in wrong.output
+
+
+def test_the_validator_fails_beyond_its_bound_and_shows_its_evidence(tiny: Transformer) -> None:
+    assert callable(validator_of(TARGETS["continuous_batching"], TARGETS))
+    threads = torch.get_num_threads()
+    try:
+        outcomes = [judge(tiny, SMALL, bound) for bound in (1e9, 0.0)]
+    finally:
+        torch.set_num_threads(threads)
+    assert [each.passed for each in outcomes] == [True, False]
+    assert "beyond the bound of 0%" in outcomes[1].report
+    assert "6 requests at load 0.5: median TTFT" in outcomes[1].report

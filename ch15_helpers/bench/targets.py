@@ -86,6 +86,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "continuous_batching",
                 "continuous_batching.ipynb",
                 "fair static batches → chunked, deadline-aware continuous batching under open load",
+                validator="ch15_helpers.bench.validate_batching:validate_simulator_error",
             ),
             Target(
                 "continuous_batching_multigpu",
