@@ -6,19 +6,30 @@ import multiprocessing
 import os
 import queue
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ch15_helpers import load_model
+from ch15_helpers.kernels.moe_route import route_topk
 from ch15_helpers.moe.balancing import balance_hierarchical
-from ch15_helpers.moe.expert_parallel import ExpertParallelConfig
-from ch15_helpers.moe.experts import ExpertWeights
+from ch15_helpers.moe.expert_parallel import ExpertParallelConfig, shard_experts
+from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
+from ch15_helpers.moe.overlap import (
+    OverlapLayer,
+    forward_overlapped,
+    forward_sequential,
+    forward_two_batch,
+    time_versions,
+)
 from ch15_helpers.moe.placement import ExpertPlacement
-from ch15_helpers.moe.routing import SyntheticRouter
+from ch15_helpers.moe.routing import SyntheticRouter, drop_over_capacity, expert_capacity
 from ch15_helpers.moe.topology import NodeGroups, make_expert_parallel, make_node_groups
 from ch15_helpers.moe.traffic import count_links
+from ch15_helpers.moe.wire import dequantise_rows, quantise_rows
 
 
 def run_ranks(world_size: int, job: str, folder: Path) -> dict[int, Any]:
@@ -166,4 +177,118 @@ def random_cases(rank: int, world: int) -> list[dict[str, Any]]:
     return found
 
 
-JOBS = {"random": random_cases}
+def special_cases(rank: int, world: int) -> dict[str, Any]:
+    """FP8, capacity, NaN, overlap: everything that is not plain equality of a random case."""
+    groups = make_node_groups(2 if world % 2 == 0 else 1)
+    found: dict[str, Any] = {}
+    for name, options in {
+        "fp8": {"fp8_dispatch": True},
+        "fp8 nodes": {"fp8_dispatch": True, "ranks_per_node": 2},
+        "fp8 pairs": {"fp8_dispatch": True, "deduplicate": False},
+    }.items():
+        case = Case(rank, world, 5, dims=(136, 40), sizes=[20 + r for r in range(world)], **options)
+        outs = case.layer(groups)(*case.batches[rank])
+        x, weights, experts = case.batches[rank]
+        rounded = dequantise_rows(*quantise_rows(x), 128, torch.float32)
+        expected = dense_float64(case.all, rounded, weights, experts)
+        found[name] = error_of(outs, expected), error_of(outs, case.expected())
+    case = Case(
+        rank, world, 8, fp8_dispatch=True, combine_dtype=torch.bfloat16, dtype=torch.bfloat16
+    )
+    none = Case(rank, world, 5, sizes=[0] * (world - 1) + [3], fp8_dispatch=True, ranks_per_node=2)
+    found["fp8 none"] = error_of(none.layer(groups)(*none.batches[rank]), none.expected())
+    found["bf16"] = error_of(case.layer()(*case.batches[rank]), case.expected())
+    found["capacity"] = capacity_case(rank, world)
+    found["nan"] = nan_case(rank, world, groups)
+    found["overlap"] = overlap_cases(rank, world, groups)
+    found["model"] = model_case(rank, world)
+    return found
+
+
+def capacity_case(rank: int, world: int) -> tuple[float, int, int, bool]:
+    """Error against the dense reference without the dropped pairs; dropped, expected, links."""
+    case = Case(rank, world, 6, capacity_factor=0.8, sizes=[30 + r for r in range(world)])
+    layer = case.layer()
+    x, weights, experts = case.batches[rank]
+    capacity = expert_capacity(len(x), case.top_k, case.num_experts, 0.8)
+    kept = drop_over_capacity(experts, case.num_experts, capacity)
+    out = layer(x, weights, experts)
+    counted = count_links(
+        [ids for _, _, ids in case.batches], case.placement, case.config,
+        case.all.hidden_size, torch.float32, case.top_k,
+    )  # fmt: skip
+    mine = {link: count for link, count in counted.items() if link[1] == rank}
+    expected = dense_float64(case.all, x, weights, kept)
+    dropped = int((kept < 0).sum())
+    return error_of(out, expected), int(layer.dropped), dropped, layer.link_bytes == mine
+
+
+def nan_case(rank: int, world: int, groups: NodeGroups) -> bool:
+    """Rank 0's token 1 is not a number: nothing else changes, anywhere."""
+    clean_elsewhere = True
+    for options in ({}, {"fp8_dispatch": True}, {"ranks_per_node": 2}, {"deduplicate": False}):
+        case = Case(rank, world, 7, sizes=[12] * world, **options)
+        layer = case.layer(groups)
+        x, weights, experts = case.batches[rank]
+        clean = layer(x, weights, experts)
+        if rank == 0:
+            x = x.clone()
+            x[1, 3] = float("nan")
+        out = layer(x, weights, experts)
+        others = torch.arange(12) != (1 if rank == 0 else -1)
+        clean_elsewhere &= torch.equal(out[others], clean[others])
+        clean_elsewhere &= rank != 0 or bool(out[1].isnan().all())
+    return clean_elsewhere
+
+
+def overlap_cases(rank: int, world: int, groups: NodeGroups) -> list[tuple[str, float]]:
+    """Largest difference to the sequential version, and the versions' times are of all ranks."""
+    found = []
+    for options in ({}, {"ranks_per_node": 2}):
+        case = Case(rank, world, 9, sizes=[25 + 3 * r for r in range(world - 1)] + [0], **options)
+        layer = case.layer(groups)
+        hidden = case.all.hidden_size
+        generator = torch.Generator().manual_seed(2)
+        shared = SharedExpert(
+            torch.randn(48, hidden, generator=generator) / hidden**0.5,
+            torch.randn(hidden, 24, generator=generator),
+        )
+        x, weights, experts = case.batches[rank]
+        expected = forward_sequential(layer, x, weights, experts, shared)
+        found.append(("sequential", error_of(expected - shared(x), case.expected())))
+        for chunks in (1, 2, 3):
+            out = forward_overlapped(layer, x, weights, experts, shared, chunks)
+            found.append((f"{options} {chunks}", error_of(out, expected.double())))
+        router = torch.randn(case.num_experts, hidden, generator=generator)
+
+        def before(h: torch.Tensor, router: torch.Tensor = router, k: int = case.top_k) -> Any:
+            return h, *route_topk(h @ router.T, k, True)
+
+        layers = [OverlapLayer(before, layer, shared), OverlapLayer(before, layer)]
+        alone = forward_two_batch(layers, x, overlap=False, num_batches=1)
+        for overlap in (True, False):
+            out = forward_two_batch(layers, x, overlap=overlap)
+            found.append((f"{options} two {overlap}", error_of(out, alone.double())))
+        times = time_versions({"a": partial(layer, *case.batches[rank])}, x.device, iterations=2)
+        everybody: list[Any] = [None] * world
+        dist.all_gather_object(everybody, times)
+        found.append(("times", 0.0 if all(t == times for t in everybody) else 1.0))
+    return found
+
+
+def model_case(rank: int, world: int) -> float:
+    """A whole model with its experts on many ranks against the same model on one."""
+    model = load_model("random:TINY_MOE", device="cpu", dtype=torch.float32)
+    ids = torch.arange(3 + 5 * rank).view(1, -1) * 7 % 512
+    with torch.inference_mode():
+        expected = model.forward_dense(ids)
+        config = ExpertParallelConfig(ranks_per_node=2 if world % 2 == 0 else None)
+        shard_experts(model, ExpertPlacement.even(8, world), config)
+        return error_of(model.forward_dense(ids), expected.double())
+
+
+def everything(rank: int, world: int) -> dict[str, Any]:
+    return {"random": random_cases(rank, world), **special_cases(rank, world)}
+
+
+JOBS = {"everything": everything}

@@ -94,15 +94,18 @@ def quantise_rows(rows: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     """E4M3 values [R, H] and float32 scales [R, ceil(H / block)], which are powers of two.
 
     A number is about value times scale, within 1/16 of itself (1/512 of its scale near zero).
-    A NaN or an infinity makes NaNs in its own row only.
+    A NaN or an infinity makes its block NaN, which ends with its row.
     """
     num_rows, hidden = rows.shape
     wide = torch.nn.functional.pad(rows.float(), (0, -hidden % block))
     blocks = wide.view(num_rows, wide.shape[1] // block, block)
-    mantissa, exponent = torch.frexp(blocks.abs().amax(-1) / _LARGEST)
+    largest = blocks.abs().amax(-1)
+    mantissa, exponent = torch.frexp(largest / _LARGEST)
     exponent = (exponent - (mantissa == 0.5).int()).clamp(-120, 120)
-    scales = torch.ldexp(torch.ones_like(mantissa), exponent)
-    values = (blocks / scales[:, :, None]).view(num_rows, -1)[:, :hidden]
+    # E4M3 has no infinity, and casting one may give the largest number instead of a NaN.
+    one = torch.where(largest.isfinite(), 1.0, torch.nan)
+    scales = torch.ldexp(one, exponent)
+    values = (blocks / scales[:, :, None]).view(wide.shape)[:, :hidden]
     return values.to(FP8), scales
 
 
@@ -111,7 +114,7 @@ def dequantise_rows(values: Tensor, scales: Tensor, block: int, dtype: torch.dty
     num_rows, hidden = values.shape
     wide = torch.nn.functional.pad(values.float(), (0, -hidden % block))
     blocks = wide.view(num_rows, wide.shape[1] // block, block) * scales[:, :, None]
-    return blocks.view(num_rows, -1)[:, :hidden].to(dtype)
+    return blocks.view(wide.shape)[:, :hidden].to(dtype)
 
 
 def _padded(num_bytes: int) -> int:
