@@ -48,7 +48,7 @@ class TierConfig:
     policy: str = "lru"
     background: bool = True
     staging_blocks: int = 32
-    clean_fraction: float = 0.125
+    clean_fraction: float = 0.25
     fsync: bool = True
     load_path: LoadPath = "auto"
 

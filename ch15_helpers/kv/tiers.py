@@ -125,10 +125,14 @@ class TieredStore:
             if self._closed or not self._memory.tiers:
                 return
             self._reap()
-            for start in range(0, len(pairs), self.config.staging_blocks):
-                self._memory.store(pairs[start : start + self.config.staging_blocks])
-                share = self.config.clean_fraction if self.config.host_blocks else 1.0
-                self._clean(math.ceil(share * self._memory.tiers[-1].index.num_slots))
+            share = self.config.clean_fraction if self.config.host_blocks else 1.0
+            ready = math.ceil(share * self._memory.tiers[-1].index.num_slots)
+            size = self.config.staging_blocks
+            if self._backing:  # no piece takes more slots than are kept ready
+                size = min(size, max(1, ready))
+            for start in range(0, len(pairs), size):
+                self._memory.store(pairs[start : start + size])
+                self._clean(ready)
 
     def flush(self) -> None:
         """Write every block of the last memory tier down, so that a restart finds it; waits."""
@@ -245,6 +249,14 @@ class TieredStore:
         with self._lock:
             self._closed = True
             self._backing.close()
+
+    def spoil_memory(self) -> None:
+        """Erase what the memory tiers hold but keep the index, to prove that a same-tokens check
+        bites. For checks only: nothing in the engine calls it."""
+        self.drain()
+        with self._lock:
+            for tier in self._memory.tiers:
+                tier.rows.zero_()
 
     def check_invariants(self) -> None:
         """Raise AssertionError when slots leak, or tiers disagree with themselves."""
