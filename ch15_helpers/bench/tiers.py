@@ -133,7 +133,10 @@ def hidden_share(source: str, device: torch.device, blocks: int, steps: int) -> 
 
     hidden = 1 - (step with - step without) / time that the copies take alone.
     """
-    from ch15_helpers import Engine, EngineConfig, SamplingParams, load_model
+    from ch15_helpers.model.loading import load_model
+    from ch15_helpers.serving.config import EngineConfig
+    from ch15_helpers.serving.engine import Engine
+    from ch15_helpers.serving.request import SamplingParams
 
     model = load_model(source, device=device)
     engine = Engine(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
@@ -17,15 +16,12 @@ from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.graphs import DecodeGraphs, can_capture
 from ch15_helpers.serving.intake import Prompt, encode, params_for
 from ch15_helpers.serving.memory import pool_size, recompute_cost_of
-from ch15_helpers.serving.offload import Offload
+from ch15_helpers.serving.offload import Offload, tiered_offload
 from ch15_helpers.serving.request import SLO, Request, RequestOutput, SamplingParams
 from ch15_helpers.serving.runner import ModelRunner
 from ch15_helpers.serving.sampling import derive_seed
 from ch15_helpers.serving.scheduler import Scheduler
 from ch15_helpers.serving.step import Step
-
-if TYPE_CHECKING:
-    from ch15_helpers.kv.tiers import TierConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +93,18 @@ class Engine:
         self.runner = self.runner_type(
             model, self.cache, self.scheduler.blocks, self.host_cache, config.attention_backend
         )
-        self.offload = self.runner.offload = self._tiers(config.tiers)
+        self.offload: Offload | None = None
+        if config.tiers is not None:
+            self.offload = self.runner.offload = tiered_offload(
+                model, self.cache, self.scheduler, config.tiers, clock
+            )
         if model.device.type == "cuda":
             self.runner.warm_up(config.max_num_seqs)
         if config.capture_decode and can_capture(model, config.attention_backend):
             limit = self.scheduler.config.max_model_len or model_len
             pages, scales = self.cache.pages, self.cache.scales
-            graphs = DecodeGraphs(model, pages, config.max_num_seqs, limit, scales)
-            graphs.capture()
-            self.runner.graphs = graphs
+            self.runner.graphs = DecodeGraphs(model, pages, config.max_num_seqs, limit, scales)
+            self.runner.graphs.capture()
         self._num_requests = 0
         self._ended: list[Request] = []  # ended outside a step, not handed out yet
 
@@ -321,23 +320,6 @@ class Engine:
             error=request.error,
             metrics=request.metrics(),
         )
-
-    def _tiers(self, config: TierConfig | None) -> Offload | None:
-        prefix = self.scheduler.residency.prefix
-        if config is None:
-            return None
-        if prefix is None:
-            raise ValueError("tiers hold what the prefix cache evicts; set enable_prefix_caching")
-        from ch15_helpers.kv.fingerprint import weights_fingerprint
-        from ch15_helpers.kv.tiers import TieredStore
-
-        model, fingerprint = self.model, ""
-        if config.disk_dir is not None:  # blocks of these weights alone may come from a file
-            fingerprint = weights_fingerprint(model.source, model.dtype, model.named_weights())
-        store = TieredStore(
-            self.cache, prefix.keys, config, fingerprint=fingerprint, clock=self.clock
-        )
-        return Offload(store, self.scheduler)
 
     def _pool(self, num_blocks: int, on_host: bool) -> PagedKVCache:
         dtype = self.model.dtype if self.config.kv_dtype is None else self.config.kv_dtype

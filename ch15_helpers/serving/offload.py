@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from ch15_helpers.kv.keys import BlockKey
 from ch15_helpers.serving.scheduler import Scheduler
 from ch15_helpers.serving.step import Promotion, Step
+
+if TYPE_CHECKING:  # most engines have no tiers
+    from ch15_helpers.kv.cache import PagedKVCache
+    from ch15_helpers.kv.tiers import TierConfig
+    from ch15_helpers.model.transformer import Transformer
 
 
 class Arrival(Protocol):
@@ -99,3 +104,29 @@ class Offload:
             self.wait()
             self.deliver()
         self.store.close()
+
+
+def tiered_offload(
+    model: Transformer,
+    cache: PagedKVCache,
+    scheduler: Scheduler,
+    config: TierConfig,
+    clock: Callable[[], float],
+) -> Offload:
+    """The tiers that ``config`` asks for, behind one scheduler.
+
+    Raises:
+        ValueError: the scheduler has no prefix cache, whose blocks the tiers keep.
+        TierError: a tier cannot be built.
+    """
+    from ch15_helpers.kv.fingerprint import weights_fingerprint
+    from ch15_helpers.kv.tiers import TieredStore
+
+    prefix = scheduler.residency.prefix
+    if prefix is None:
+        raise ValueError("tiers hold what the prefix cache evicts; set enable_prefix_caching")
+    fingerprint = ""
+    if config.disk_dir is not None:  # blocks of these weights alone may come from a file
+        fingerprint = weights_fingerprint(model.source, model.dtype, model.named_weights())
+    store = TieredStore(cache, prefix.keys, config, fingerprint=fingerprint, clock=clock)
+    return Offload(store, scheduler)
