@@ -12,6 +12,7 @@ from ch15_helpers.disagg.clock import Clock
 from ch15_helpers.disagg.message import Tags, split, write_tags, write_void
 from ch15_helpers.disagg.pool import RegisteredPool
 from ch15_helpers.disagg.transfer import Transfer, TransferState
+from ch15_helpers.disagg.wire import WireMessage
 
 _IN_CACHE_BYTES = 1024**2
 _APART_BYTES = 256 * 1024  # rows of this size and more travel apart from their tags: no copy
@@ -63,24 +64,46 @@ class Freight:
         for some in self._groups(rows):
             if own is None:
                 self.pool.pack(blocks[some], transfer.part, rows[some])
-            digests.append(self._digests((rows if own is None else own)[some]))
+            if self._verify:
+                digests.append(self._digests((rows if own is None else own)[some]))
+            else:
+                digests.append(torch.zeros(some.stop - some.start, dtype=torch.int64))
         write_tags(tags, refs, transfer.part, torch.cat(digests))
         transfer.pack_s += self._clock() - began_s
         return pieces if own is None else [pieces[0], own.view(-1)]
 
-    def land(self, batch: Batch, buffer: Tensor) -> None:
-        """Examine a message and write what is intact to the pool."""
+    def aim(self, batch: Batch) -> Tensor | None:
+        """Memory of the pool that a message's rows may be received into, if there is any.
+
+        Blocks must be neighbours, and held by a lease: what the wire writes there when the lease
+        is over does no harm, as a pinned lease keeps the blocks.
+        """
+        transfer = batch.transfer
+        lease = transfer.lease
+        small = batch.row_bytes * len(batch) < _APART_BYTES
+        if small or lease is None or not lease.holds(self._clock()):
+            return None
+        if transfer.state is not TransferState.PENDING:
+            return None
+        refs = transfer.refs[batch.start : batch.stop]
+        return self.pool.memory([ref.block for ref in refs], transfer.part)
+
+    def land(self, batch: Batch, message: WireMessage) -> None:
+        """Examine a message and write what is intact to the pool, where it is not there yet."""
         transfer, began_s = batch.transfer, self._clock()
-        tags, rows = split(buffer, len(batch))
+        tags, rows = split(message.buffer, len(batch))
+        if message.direct:
+            rows = message.pieces[1].view(len(batch), -1)
         if self._verify:
-            self._land_verified(batch, Tags(tags, transfer.part), rows)
+            self._land_verified(batch, Tags(tags, transfer.part), rows, message.direct)
         else:
             blocks = [ref.block for ref in transfer.refs[batch.start : batch.stop]]
-            self.pool.unpack(rows, blocks, transfer.part)
+            if not message.direct:
+                self.pool.unpack(rows, blocks, transfer.part)
             transfer.report.landed.update(range(batch.start, batch.stop))
         transfer.place_s += self._clock() - began_s
 
-    def _land_verified(self, batch: Batch, tags: Tags, rows: Tensor) -> None:
+    def _land_verified(self, batch: Batch, tags: Tags, rows: Tensor, direct: bool) -> None:
         if tags.void:
             return
         transfer, report = batch.transfer, batch.transfer.report
@@ -94,18 +117,20 @@ class Freight:
                     report.num_stray += 1
                 elif position in report.landed or position in chosen:
                     report.duplicated.add(position)
-                elif digest == tags.promised[row]:
+                elif digest == tags.promised[row] and not (
+                    direct and position != batch.start + row
+                ):
                     chosen[position] = row
                     report.num_out_of_order += position != batch.start + row
                 else:
                     mixed_up = tags.exchanged(digest)
                     (report.exchanged if mixed_up else report.corrupted).add(position)
-            if chosen:
+            report.landed |= chosen.keys()
+            if chosen and not direct:
                 blocks = [transfer.refs[position].block for position in chosen]
                 whole = len(chosen) == len(digests)
                 taken = rows[some] if whole else rows[list(chosen.values())]
                 self.pool.unpack(taken, blocks, transfer.part)
-                report.landed |= chosen.keys()
 
     def _groups(self, rows: Tensor) -> list[slice]:
         """On a CPU, what fits into its caches: then a digest costs little beside the copy."""

@@ -4,6 +4,8 @@ A prefill rank leases the blocks of a prompt to the rank that fetches them; a de
 the blocks that it expects data in. Blocks are given back when the lease is released or expires,
 whichever comes first, and a lease never becomes valid again, even when the same blocks are leased
 to somebody else: that is how late data is told from current data (Gray and Cheriton, SOSP 1989).
+While a wire may still write to the blocks itself, the lease is pinned: it can end, but the blocks
+are not given back before the last pin is gone.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class Lease:
         generation: unique and rising within one table.
         deadline_s: when it ends by itself.
         active: whether it still holds.
+        pins: how many messages may still be written to its blocks.
     """
 
     owner: Hashable
@@ -32,6 +35,19 @@ class Lease:
     generation: int
     deadline_s: float
     active: bool = True
+    pins: int = 0
+    give_back: Callable[[Lease], None] | None = None
+
+    def pin(self) -> None:
+        """Keep the blocks from being given back, even if the lease ends."""
+        self.pins += 1
+
+    def unpin(self) -> None:
+        """Undo one ``pin``; with the last one the blocks of an ended lease are given back."""
+        assert self.pins, "a lease was unpinned too often"
+        self.pins -= 1
+        if not self.pins and not self.active and self.give_back is not None:
+            self.give_back(self)
 
     def holds(self, now_s: float) -> bool:
         """Whether it is neither released nor past its deadline."""
@@ -42,7 +58,7 @@ class LeaseTable:
     """All leases on one pool; no block is leased twice at a time."""
 
     def __init__(self, clock: Clock, on_end: Callable[[Lease], None] | None = None) -> None:
-        """``on_end`` is called once for each lease that is released or has expired."""
+        """``on_end`` is called once for each lease, when its blocks may be used for others."""
         self._clock = clock
         self._on_end = on_end
         self._active: dict[int, Lease] = {}
@@ -67,6 +83,7 @@ class LeaseTable:
                 f"blocks {taken} are leased to {self._holder[taken[0]].owner!r}; release that first"
             )
         lease = Lease(owner, tuple(blocks), self._num_granted, self._clock() + duration_s)
+        lease.give_back = self._give_back
         self._num_granted += 1
         self._active[lease.generation] = lease
         self._holder.update(dict.fromkeys(blocks, lease))
@@ -87,10 +104,8 @@ class LeaseTable:
             return False
         lease.active = False
         del self._active[lease.generation]
-        for block in lease.blocks:
-            del self._holder[block]
-        if self._on_end is not None:
-            self._on_end(lease)
+        if not lease.pins:
+            self._give_back(lease)
         return True
 
     def expire(self) -> list[Lease]:
@@ -103,15 +118,25 @@ class LeaseTable:
                 ended.append(lease)
         return ended
 
+    def _give_back(self, lease: Lease) -> None:
+        for block in lease.blocks:
+            del self._holder[block]
+        if self._on_end is not None:
+            self._on_end(lease)
+
     def holder(self, block: int) -> Lease | None:
-        """The lease on a block, if there is one."""
+        """The lease on a block, if there is one, ended ones that are pinned included."""
         return self._holder.get(block)
 
     def check_invariants(self) -> None:
         """Raise AssertionError when leases and blocks disagree."""
-        held = {block: lease for lease in self._active.values() for block in lease.blocks}
+        leases = {*self._active.values(), *self._holder.values()}
+        held = {block: lease for lease in leases for block in lease.blocks}
         assert held == self._holder, "a block's holder is wrong"
-        assert sum(len(lease.blocks) for lease in self._active.values()) == len(held), "two holders"
+        assert sum(len(lease.blocks) for lease in leases) == len(held), "two holders"
+        for lease in leases - set(self._active.values()):
+            assert lease.pins, "an ended lease keeps its blocks"
+            assert not lease.active, "a lease is not listed"
         assert all(lease.active for lease in self._active.values()), "an ended lease is listed"
         queued = set(self._by_deadline)
         for generation, lease in self._active.items():

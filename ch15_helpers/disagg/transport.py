@@ -4,7 +4,9 @@ One protocol for every medium: a :class:`~ch15_helpers.disagg.wire.Wire` moves b
 transport makes messages of blocks, windows, checksums, deadlines and cancellation. Data lands in a
 message buffer first and in the pool only after it was checked, by the thread that calls ``poll``,
 and only while its transfer is pending and its lease holds. So data that comes too late never
-reaches a block that has been given to somebody else.
+reaches a block that has been given to somebody else. Long runs of neighbouring blocks under a lease
+are received into the pool without that copy; then the lease is pinned, and its blocks are given to
+nobody until the wire has let go of them.
 """
 
 from __future__ import annotations
@@ -88,8 +90,9 @@ class BlockTransport:
 
         Args:
             clock: deadlines and times are on it. A VirtualClock is moved on by ``wait``.
-            verify: check tags and digests. Without, data lands in the order of arrival, whatever
-                it is: only to show what the check is for.
+            verify: compute digests, and check them and the tags. Without, data lands in the order
+                of arrival, whatever it is: only to show what the check is for and what it costs.
+                Both sides need the same.
             max_message_bytes: small blocks are batched up to this size. Both sides need the same.
             default_timeout_s: deadline of transfers that name none.
         """
@@ -150,7 +153,7 @@ class BlockTransport:
         """Start receiving blocks; arguments and errors as for ``send``.
 
         Args:
-            lease: nothing is written to the pool once it is over.
+            lease: nothing is written to the pool once its blocks have been given back.
         """
         return self._begin(False, refs, source, channel, part, timeout_s, lease)
 
@@ -216,6 +219,8 @@ class BlockTransport:
         transfer.positions = {(ref.sequence, ref.index): i for i, ref in enumerate(refs)}
         if len(transfer.positions) < len(refs):
             raise TransportError("a block of a sequence is named twice in one transfer")
+        if lease is not None and not {ref.block for ref in refs} <= set(lease.blocks):
+            raise TransportError("the lease does not cover all blocks of the transfer")
         self._active[transfer] = None
         self._enqueue(transfer, pool.row_bytes(part))
         self._progress()
@@ -260,11 +265,16 @@ class BlockTransport:
 
     def _divide(self, message: WireMessage, batch: Batch) -> None:
         assert self._freight is not None
+        zero_copy = self.wire.zero_copy and self._freight.pool.device == self.wire.device
         if message.sending:
-            zero_copy = self.wire.zero_copy and self._freight.pool.device == self.wire.device
             message.pieces = self._freight.pack(batch, message.buffer, zero_copy)
-        else:
-            message.pieces = self._freight.pieces(batch, message.buffer)
+            return
+        message.pieces = self._freight.pieces(batch, message.buffer)
+        own = self._freight.aim(batch) if zero_copy else None
+        if own is not None:
+            assert batch.transfer.lease is not None
+            batch.transfer.lease.pin()
+            message.pieces[1], message.direct = own.view(-1), True
 
     def _finish(self, message: WireMessage, error: str | None) -> None:
         batch = self._lanes.finish(message)
@@ -279,9 +289,11 @@ class BlockTransport:
         else:
             if not message.sending:
                 assert self._freight is not None
-                self._freight.land(batch, message.buffer)
+                self._freight.land(batch, message)
             if not transfer.num_left:
                 self._end(transfer, TransferState.DONE)
+        if message.direct and transfer.lease is not None:
+            transfer.lease.unpin()
         self._lanes.recycle(message)
 
     def _end(self, transfer: Transfer, state: TransferState, error: str | None = None) -> bool:

@@ -24,6 +24,7 @@ class WireMessage:
         num_blocks: how many tags its first bytes hold.
         number: place in its transfer.
         pieces: what moves, in order: the buffer, or several parts of it, or memory of a pool.
+        direct: the rows that are received are memory of the pool.
     """
 
     sending: bool
@@ -33,6 +34,7 @@ class WireMessage:
     num_blocks: int
     number: int
     pieces: list[Tensor] = field(default_factory=list)
+    direct: bool = False
 
     @property
     def num_bytes(self) -> int:

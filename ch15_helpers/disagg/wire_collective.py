@@ -42,7 +42,7 @@ class GlooWire:
     then ``close`` leaves its threads behind, and the process must leave with ``os._exit``.
     """
 
-    window = 4
+    window = 8
     in_order = False
     zero_copy = True
 
