@@ -77,7 +77,7 @@ def timeline(
     """
     if not runs:
         raise ValueError("runs is empty; a timeline needs at least one run")
-    height_in = height_in or 0.7 + len(runs) * (0.6 + 0.035 * num_requests)
+    height_in = height_in or 0.9 + len(runs) * (0.6 + 0.035 * num_requests)
     figure, axes = new_figure(height_in, rows=len(runs), sharex=True, squeeze=False)
     for ax, (name, run) in zip(axes[:, 0], runs.items(), strict=True):
         _panel(ax, request_spans(run, stall_s)[:num_requests], height_in / len(runs))
@@ -85,7 +85,11 @@ def timeline(
         ax.set_title(f"{title}{': ' if title else ''}{name}{kind}")
         ax.set_ylabel("request")
     axes[-1, 0].set_xlabel("time since the start [s]")
-    axes[0, 0].legend(loc="lower right", fontsize=8, ncols=4)
+    labelled = [ax.get_legend_handles_labels() for ax in axes[:, 0]]
+    handles = {name: h for hs, names in labelled for h, name in zip(hs, names, strict=True)}
+    figure.legend(
+        handles.values(), handles, loc="outside upper right", ncols=4, frameon=False, fontsize=8
+    )
     return figure
 
 
