@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ch15_helpers import load_model
 from ch15_helpers.kernels.moe_route import route_topk
-from ch15_helpers.moe.balancing import balance_hierarchical
+from ch15_helpers.moe.balancing import balance_greedy, balance_hierarchical
 from ch15_helpers.moe.expert_parallel import ExpertParallelConfig, shard_experts
 from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
 from ch15_helpers.moe.overlap import (
@@ -26,6 +26,7 @@ from ch15_helpers.moe.overlap import (
     time_versions,
 )
 from ch15_helpers.moe.placement import ExpertPlacement
+from ch15_helpers.moe.rebalance import keep_in_place, moved_bytes, plan_moves, rebalance
 from ch15_helpers.moe.routing import SyntheticRouter, drop_over_capacity, expert_capacity
 from ch15_helpers.moe.topology import NodeGroups, make_expert_parallel, make_node_groups
 from ch15_helpers.moe.traffic import count_links
@@ -201,6 +202,7 @@ def special_cases(rank: int, world: int) -> dict[str, Any]:
     found["capacity"] = capacity_case(rank, world)
     found["nan"] = nan_case(rank, world, groups)
     found["overlap"] = overlap_cases(rank, world, groups)
+    found["rebalance"] = rebalance_case(rank, world, groups)
     found["model"] = model_case(rank, world)
     return found
 
@@ -273,6 +275,27 @@ def overlap_cases(rank: int, world: int, groups: NodeGroups) -> list[tuple[str, 
         everybody: list[Any] = [None] * world
         dist.all_gather_object(everybody, times)
         found.append(("times", 0.0 if all(t == times for t in everybody) else 1.0))
+    return found
+
+
+def rebalance_case(rank: int, world: int, groups: NodeGroups) -> list[tuple[float, bool]]:
+    """Outputs after weights have moved, and whether the bytes are those that were planned."""
+    found = []
+    for options in ({}, {"ranks_per_node": 2, "nearest_replica": True}):
+        case = Case(rank, world, 11, spare=1, num_experts=9, **options)
+        layer = case.layer(groups)
+        for seed in range(3):
+            loads = torch.rand(9, generator=torch.Generator().manual_seed(seed)).pow(3).tolist()
+            old, node = layer.placement, case.config.ranks_per_node
+            new = balance_greedy(loads, world, old.slots_per_rank)
+            new = keep_in_place(old, new, node)
+            planned = moved_bytes(
+                plan_moves(old, new, node), old.slots_per_rank, case.all.bytes_per_expert
+            )
+            sent = rebalance(layer, new)
+            right = sent == {link: n for link, n in planned.items() if link[0] == rank}
+            out = layer(*case.batches[rank])
+            found.append((error_of(out, case.expected()), right and bool(planned)))
     return found
 
 

@@ -53,3 +53,8 @@ def test_overlap_changes_no_result(answers: dict[int, Any]) -> None:
 
 def test_a_model_with_experts_on_many_ranks_is_the_model(answers: dict[int, Any]) -> None:
     assert all(found["model"] < 1e-5 for found in answers.values())
+
+
+def test_weights_move_between_ranks_and_results_stay(answers: dict[int, Any]) -> None:
+    for found in answers.values():
+        assert not [case for case in found["rebalance"] if not (case[0] < 1e-6 and case[1])]

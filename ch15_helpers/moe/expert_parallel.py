@@ -83,9 +83,7 @@ class ExpertParallel:
         dtype = activation_dtype(experts)
         device = experts.down.device
         self.dropped = torch.zeros((), dtype=torch.int64, device=device)
-        near = self.config.ranks_per_node if self.config.nearest_replica else None
-        rank = self.exchange.rank
-        self._choose = SlotChooser(placement, rank, ranks_per_node=near, device=device)
+        self._choose = self._chooser()
         self._dispatcher = Dispatcher(
             self.exchange,
             placement.slots_per_rank,
@@ -133,6 +131,22 @@ class ExpertParallel:
         (trip,) = self.plan([(weights, experts)])
         results = self.compute(self.start_dispatch(x, trip), x.dtype)
         return self.finish(self.start_combine(results, trip), trip, x.dtype)
+
+    def adopt(self, experts: ExpertWeights, placement: ExpertPlacement) -> None:
+        """Serve from another placement, whose weights are there already; see ``rebalance``."""
+        if placement.slots_per_rank != self.placement.slots_per_rank:
+            raise MoEError(
+                f"the new placement has {placement.slots_per_rank} slots on a rank, buffers are "
+                f"made for {self.placement.slots_per_rank}"
+            )
+        _check(experts, placement, self.exchange)
+        self.experts, self.placement = experts, placement
+        self._choose = self._chooser()
+
+    def _chooser(self) -> SlotChooser:
+        near = self.config.ranks_per_node if self.config.nearest_replica else None
+        rank, device = self.exchange.rank, self.experts.down.device
+        return SlotChooser(self.placement, rank, ranks_per_node=near, device=device)
 
     def _limit(self, experts: Tensor) -> Tensor:
         factor = self.config.capacity_factor
