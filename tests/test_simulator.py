@@ -228,6 +228,16 @@ def test_skipping_is_worth_it_and_sound_inside() -> None:
     assert skipping.num_events < 0.3 * skipping.totals.num_steps
 
 
+def test_ten_thousand_requests_take_seconds() -> None:
+    # The promise is 2 s on an idle core; CPU time, with room for caches that others use too.
+    workload = azure_conversation(10_000, seed=1, rate_per_s=5.53)
+    config = SchedulerConfig(max_num_seqs=256, num_blocks=30_000)
+    start_s = time.process_time()
+    run = simulate(workload, config, H200_LIKE)
+    assert time.process_time() - start_s < 4.0
+    assert run.steps.num_steps > 100_000 and run.summary().num_completed == 10_000
+
+
 def test_a_step_under_way_is_not_visible_before_it_ends() -> None:
     simulator = Simulator(SchedulerConfig(), StepTimeModel(1.0))
     request = Request("a", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True), 0.25)
