@@ -46,7 +46,6 @@ class Promoter:
                 ticket = self._mover.load(tier.rows, slots, blocks, [fence, *after.values()])
             except RuntimeError as error:  # torch raises nothing else, for CUDA too
                 self._memory.fault("copy failed", error)
-                self._stats.missed += len(places)
                 continue
             self._account(transfer, places, [tier.name] * len(places), ticket)
 
@@ -72,14 +71,12 @@ class Promoter:
             self._emptied[half].wait()
             names = self._backing.read([transfer.pairs[i][0] for i in places], rows)
             good = [slot for slot, name in enumerate(names) if name is not None]
-            self._stats.missed += len(places) - len(good)
             if not good:
                 return
             blocks = [transfer.pairs[places[slot]][1] for slot in good]
             ticket = self._emptied[half] = self._mover.load(buffer, good, blocks, [fence])
         except RuntimeError as error:
             self._memory.fault("copy failed", error)
-            self._stats.missed += len(places)
             return
         found = [names[slot] or "" for slot in good]
         self._account(transfer, [places[slot] for slot in good], found, ticket)

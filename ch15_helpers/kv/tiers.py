@@ -166,19 +166,20 @@ class TieredStore:
     def _write_down(self, entries: list[Entry]) -> None:
         """In the worker: put pinned entries into the tiers below."""
         memory = self._memory.tiers[-1]
-        rows = memory.rows.numpy()
+        rows, refused = memory.rows.numpy(), len(entries)
         try:
             for entry in entries:
                 if entry.ticket is not None:
                     entry.ticket.wait()
             keys = [entry.key for entry in entries]
             taken = self._backing.write(keys, [rows[entry.slot] for entry in entries])
-            self.stats.dropped += taken.count(False)
+            refused = taken.count(False)
         except RuntimeError as error:
             self._memory.fault("copy failed", error)
         finally:
             with self._lock:
                 self._num_writing -= len(entries)
+                self.stats.dropped += refused
                 for entry in entries:
                     # What was refused is not tried again: it would be refused in each step.
                     entry.saved = True
@@ -208,8 +209,6 @@ class TieredStore:
                     held.append((i, tier, entry))
                 elif self._backing.tier_of(key):
                     below.append(i)
-                else:
-                    self.stats.missed += 1
             self._in_flight.append((transfer, held))
         fence = self._mover.fence()
         self._reader.submit(partial(self._promoter.run, transfer, held, below, fence))
@@ -278,5 +277,6 @@ class TieredStore:
         for flight in going:
             self._in_flight.remove(flight)
             self._finished.append(flight[0])
+            self.stats.missed += flight[0].ok.count(False)
             for _, tier, entry in flight[1]:
                 tier.index.unpin(entry)
