@@ -18,11 +18,12 @@ from ch15_helpers.kernels.moe_route import route_topk
 from ch15_helpers.moe.balancing import balance_greedy, balance_hierarchical
 from ch15_helpers.moe.expert_parallel import ExpertParallelConfig, shard_experts
 from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
+from ch15_helpers.moe.model_overlap import forward_dense_overlapped
 from ch15_helpers.moe.overlap import (
     OverlapLayer,
+    forward_micro_batches,
     forward_overlapped,
     forward_sequential,
-    forward_two_batch,
     time_versions,
 )
 from ch15_helpers.moe.placement import ExpertPlacement
@@ -264,12 +265,12 @@ def overlap_cases(rank: int, world: int, groups: NodeGroups) -> list[tuple[str, 
         router = torch.randn(case.num_experts, hidden, generator=generator)
 
         def before(h: torch.Tensor, router: torch.Tensor = router, k: int = case.top_k) -> Any:
-            return h, *route_topk(h @ router.T, k, True)
+            return h, h, *route_topk(h @ router.T, k, True)
 
         layers = [OverlapLayer(before, layer, shared), OverlapLayer(before, layer)]
-        alone = forward_two_batch(layers, x, overlap=False, num_batches=1)
+        (alone,) = forward_micro_batches(layers, [x])
         for overlap in (True, False):
-            out = forward_two_batch(layers, x, overlap=overlap)
+            out = torch.cat(forward_micro_batches(layers, x.tensor_split(2), overlap=overlap))
             found.append((f"{options} two {overlap}", error_of(out, alone.double())))
         times = time_versions({"a": partial(layer, *case.batches[rank])}, x.device, iterations=2)
         everybody: list[Any] = [None] * world
@@ -299,15 +300,19 @@ def rebalance_case(rank: int, world: int, groups: NodeGroups) -> list[tuple[floa
     return found
 
 
-def model_case(rank: int, world: int) -> float:
-    """A whole model with its experts on many ranks against the same model on one."""
+def model_case(rank: int, world: int) -> tuple[float, float]:
+    """A whole model with its experts on many ranks, then in micro-batches, against one rank."""
     model = load_model("random:TINY_MOE", device="cpu", dtype=torch.float32)
     ids = torch.arange(3 + 5 * rank).view(1, -1) * 7 % 512
     with torch.inference_mode():
         expected = model.forward_dense(ids)
         config = ExpertParallelConfig(ranks_per_node=2 if world % 2 == 0 else None)
         shard_experts(model, ExpertPlacement.even(8, world), config)
-        return error_of(model.forward_dense(ids), expected.double())
+        whole = error_of(model.forward_dense(ids), expected.double())
+        rows = ids.repeat(4, 1)
+        outs = forward_dense_overlapped(model, [rows[:1], rows[1:]])
+        halves = error_of(torch.cat(outs), expected.expand(4, -1, -1).double())
+        return whole, halves
 
 
 def everything(rank: int, world: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_overlap_changes_no_result(answers: dict[int, Any]) -> None:
 
 
 def test_a_model_with_experts_on_many_ranks_is_the_model(answers: dict[int, Any]) -> None:
-    assert all(found["model"] < 1e-5 for found in answers.values())
+    assert all(max(found["model"]) < 1e-5 for found in answers.values())
 
 
 def test_weights_move_between_ranks_and_results_stay(answers: dict[int, Any]) -> None:

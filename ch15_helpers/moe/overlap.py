@@ -118,35 +118,34 @@ class OverlapLayer:
     """A layer in pieces.
 
     Attributes:
-        before: [N, hidden] to (x, weights, experts): attention, norm and router.
+        before: residual stream [N, hidden] to (residual, x, weights, experts): attention, norm and
+            router. The block's result is added to that residual.
         parallel, shared: its experts.
-        after: (what came in, the block's result) to the next layer's input: the residual.
     """
 
-    before: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    before: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
     parallel: ExpertParallel
     shared: SharedExpert | None = None
-    after: Callable[[Tensor, Tensor], Tensor] = torch.add
 
 
-def layer_steps(layers: Sequence[OverlapLayer], hidden: Tensor) -> Steps:
+def layer_steps(layers: Sequence[OverlapLayer], residual: Tensor) -> Steps:
     """All layers for one micro-batch [N, hidden], stopping where it would wait."""
     for layer in layers:
-        x, weights, experts = layer.before(hidden)
+        residual, x, weights, experts = layer.before(residual)
         (trip,) = layer.parallel.plan([(weights, experts)])
-        y = yield from moe_steps(layer.parallel, x, trip, layer.shared)
-        hidden = layer.after(hidden, y)
-    return hidden
+        residual = residual + (yield from moe_steps(layer.parallel, x, trip, layer.shared))
+    return residual
 
 
-def forward_two_batch(
-    layers: Sequence[OverlapLayer], hidden: Tensor, *, overlap: bool = True, num_batches: int = 2
-) -> Tensor:
-    """Some layers over micro-batches of ``hidden`` [N, hidden], in turn or one after the other."""
-    if num_batches < 1:
-        raise MoEError(f"num_batches is {num_batches}; expected 1 or more")
-    steps = [layer_steps(layers, part) for part in hidden.tensor_split(num_batches)]
-    return torch.cat((run_in_turn if overlap else run_one_by_one)(steps))
+def forward_micro_batches(
+    layers: Sequence[OverlapLayer], batches: Sequence[Tensor], *, overlap: bool = True
+) -> list[Tensor]:
+    """Some layers over micro-batches [N, hidden], in turn (two of them: two-batch overlap) or not.
+
+    Every rank must bring as many micro-batches; they may be empty.
+    """
+    steps = [layer_steps(layers, batch) for batch in batches]
+    return (run_in_turn if overlap else run_one_by_one)(steps)
 
 
 def time_versions(
