@@ -168,6 +168,19 @@ def test_layer_by_layer_handover_overlaps_prefill(tiny: Transformer, monolithic:
     assert decode(tiny, target, other, int(logits[0].argmax())) == monolithic
 
 
+def test_any_set_of_blocks_can_be_computed_again(tiny: Transformer) -> None:
+    cache, table, _ = prefilled(tiny)
+    right = cache.pages.clone()
+    missing = [7, 1, 4, 5]
+    for index in missing:
+        cache.corrupt_block(table[index])
+    assert recompute_blocks(tiny, cache, table, PROMPT, [*missing, 9]) == 3 * SIZE + 5
+    for index, block in enumerate(table):
+        filled = SIZE if index < 7 else len(PROMPT) - 7 * SIZE
+        computed = cache.pages[block, :, :, :filled]
+        assert torch.allclose(computed, right[block, :, :, :filled], rtol=1e-4, atol=1e-5)
+
+
 # ---- links -------------------------------------------------------------------------------------
 
 

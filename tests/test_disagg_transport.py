@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import pytest
@@ -17,10 +18,11 @@ from ch15_helpers.disagg.faults import Fault, FaultyWire
 from ch15_helpers.disagg.heads import head_routes, heads_of
 from ch15_helpers.disagg.leases import LeaseTable
 from ch15_helpers.disagg.link import LinkModel
+from ch15_helpers.disagg.message import TAG_BYTES
 from ch15_helpers.disagg.pool import BlockRef, Part, RegisteredPool, refs_of
 from ch15_helpers.disagg.transfer import TransferState
 from ch15_helpers.disagg.transport import BlockTransport
-from ch15_helpers.disagg.wire import LocalHub
+from ch15_helpers.disagg.wire import LocalHub, LocalWire, WireMessage
 from ch15_helpers.errors import TransportError
 from ch15_helpers.kv.quantised import make_kv_cache
 from ch15_helpers.model.config import TINY
@@ -163,6 +165,41 @@ def test_other_sequences_and_other_parts_are_strangers() -> None:
     pair.source.send(refs_of([3], 7), to=1, channel=6, part=Part((1, 2), source.heads))
     pair.target.wait(first)
     assert first.report.num_stray == 1 and torch.equal(target.cache.pages, before)
+
+
+def test_other_heads_are_strangers_too() -> None:
+    source, target = filled(), filled(seed=1)
+    before = target.cache.pages.clone()
+    pair = Pair(source, target)
+    layers = source.whole.layers
+    receive = pair.target.receive(
+        refs_of([0], 7), source=0, channel=6, part=Part(layers, (0, 1))
+    )  # fmt: skip
+    pair.source.send(refs_of([3], 7), to=1, channel=6, part=Part(layers, (1, 2)))
+    pair.target.wait(receive)
+    assert receive.report.num_stray == 1 and torch.equal(target.cache.pages, before)
+
+
+class MislabellingWire(LocalWire):
+    """Changes one bit of the logical index in the second tag of what it sends: 1 becomes 3."""
+
+    def start(self, messages: Sequence[WireMessage]) -> None:
+        for message in messages:
+            if message.sending:
+                message.buffer[TAG_BYTES + 8] ^= 2
+        super().start(messages)
+
+
+def test_a_damaged_tag_is_not_believed() -> None:
+    source, target = filled(), filled(seed=1)
+    pair = Pair(source, target, wrap=lambda wire: MislabellingWire(wire.hub, wire.rank))
+    receive = pair.move([3, 0, 11], [1, 4, 2])
+    assert receive.report.num_stray == 1 and receive.to_recompute == [1]
+    pair = Pair(source, target, wrap=lambda wire: MislabellingWire(wire.hub, wire.rank),
+                max_message_bytes=2**20)  # fmt: skip
+    receive = pair.move([3, 0, 11, 5, 8], [1, 4, 2, 10, 0])
+    assert receive.to_recompute == [1] and not receive.report.duplicated
+    assert torch.equal(target.cache.pages[10], source.cache.pages[5]), "block 1 came as block 3"
 
 
 @given(data=st.data())
