@@ -8,6 +8,7 @@ import torch
 
 from ch15_helpers.errors import MoEError
 from ch15_helpers.kernels.moe_route import route_topk
+from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
 from ch15_helpers.moe.load import load_statistics
 from ch15_helpers.moe.placement import ExpertPlacement, SlotChooser
 from ch15_helpers.moe.routing import (
@@ -82,6 +83,50 @@ def test_the_softmax_routers_are_mixtrals_and_qwen3s(kind):
         _, weights, experts = theirs(x)
         ours = route_topk(x @ theirs.weight.T, 2, normalise)
     assert same_choice(ours, (weights, experts), 16)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "deepseek"])
+def test_blocks_are_those_of_transformers(kind):
+    """Router, experts and, in DeepSeek-V3, the shared expert: the same output."""
+    from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    sizes = {"hidden_size": 32, "num_experts_per_tok": 3}
+    if kind == "mixtral":
+        config = MixtralConfig(**sizes, intermediate_size=24, num_local_experts=8)
+        theirs = MixtralSparseMoeBlock(config)
+    elif kind == "qwen3":
+        config = Qwen3MoeConfig(
+            **sizes, moe_intermediate_size=24, num_experts=8, norm_topk_prob=True
+        )
+        theirs = Qwen3MoeSparseMoeBlock(config)
+    else:
+        config = DeepseekV3Config(
+            **sizes, moe_intermediate_size=24, n_routed_experts=8, n_shared_experts=2, n_group=4,
+            topk_group=2,
+        )  # fmt: skip
+        theirs = DeepseekV3MoE(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
+    x = torch.randn(50, 32, generator=generator)
+    with torch.no_grad():
+        expected = theirs(x[None])
+        expected = (expected[0] if isinstance(expected, tuple) else expected).view(50, 32)
+        experts = ExpertWeights(theirs.experts.gate_up_proj, theirs.experts.down_proj)
+        logits = x @ theirs.gate.weight.T
+        if kind == "deepseek":
+            routing = route_sigmoid(
+                logits, 3, num_groups=4, top_groups=2, scaling=config.routed_scaling_factor
+            )
+            block = theirs.shared_experts
+            gate_up = torch.cat((block.gate_proj.weight, block.up_proj.weight))
+            out = experts(x, *routing) + SharedExpert(gate_up, block.down_proj.weight)(x)
+        else:
+            out = experts(x, *route_topk(logits, 3, True))
+    assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_a_token_visits_few_groups_and_ties_give_distinct_experts():

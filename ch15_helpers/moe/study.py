@@ -1,0 +1,255 @@
+"""One MoE layer over real ranks in several versions: times, bytes of each link, and errors.
+
+A study is plain data that goes to the ranks as JSON (see ``launch``); every rank answers with
+rows. Versions of a row ran interleaved on the same tokens, and each was compared with the same
+layer on one rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ch15_helpers.errors import MoEError
+from ch15_helpers.moe.dispatch import Link
+from ch15_helpers.moe.expert_parallel import ExpertParallel, ExpertParallelConfig
+from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
+from ch15_helpers.moe.overlap import forward_overlapped, forward_sequential, time_versions
+from ch15_helpers.moe.overlap_model import PhaseTimes
+from ch15_helpers.moe.placement import ExpertPlacement
+from ch15_helpers.moe.routing import SyntheticRouter
+from ch15_helpers.moe.topology import NodeGroups, make_expert_parallel, make_node_groups
+
+
+@dataclass(frozen=True)
+class Version:
+    """One way to run the layer.
+
+    Attributes:
+        config: how tokens travel.
+        overlap: shared expert and chunks beside the transfers; else phase after phase.
+        num_chunks: parts of a batch, with ``overlap``.
+        slots: experts of each rank's slots; None is the even placement.
+    """
+
+    name: str
+    config: ExpertParallelConfig = dataclasses.field(default_factory=ExpertParallelConfig)
+    overlap: bool = False
+    num_chunks: int = 1
+    slots: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class LayerStudy:
+    """A layer, its versions and the batches that they run on.
+
+    Attributes:
+        tokens: for each point of the study, tokens of each rank.
+        shared_inner: inner size of the shared expert; 0 for none.
+        skew: of the synthetic router (Zipf). dtype: name, e.g. "bfloat16".
+        device: "cpu" (gloo) or "cuda" (NCCL, one GPU for each rank).
+        iterations: timed rounds, after ``warmup``.
+    """
+
+    num_ranks: int
+    num_experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    versions: tuple[Version, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    shared_inner: int = 0
+    skew: float = 0.0
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    iterations: int = 5
+    warmup: int = 1
+
+    def __post_init__(self) -> None:
+        names = [version.name for version in self.versions]
+        if not names or len(set(names)) != len(names):
+            raise MoEError(f"versions {names}: expected at least one, with distinct names")
+        if any(len(sizes) != self.num_ranks for sizes in self.tokens):
+            raise MoEError(f"every point needs the tokens of each of {self.num_ranks} ranks")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise MoEError(f"dtype {self.dtype!r}; expected float32, float16 or bfloat16")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        fields = dataclasses.asdict(self)
+        for version in fields["versions"]:
+            kind = version["config"]["combine_dtype"]
+            version["config"]["combine_dtype"] = str(kind).split(".")[-1] if kind else None
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LayerStudy:
+        """What :meth:`to_dict` returned, perhaps after JSON made lists of its tuples."""
+        versions = []
+        for entry in fields["versions"]:
+            config = dict(entry["config"])
+            kind = config["combine_dtype"]
+            config["combine_dtype"] = getattr(torch, kind) if kind else None
+            slots = entry["slots"]
+            versions.append(
+                Version(
+                    entry["name"], ExpertParallelConfig(**config), entry["overlap"],
+                    entry["num_chunks"], slots and tuple(tuple(row) for row in slots),
+                )
+            )  # fmt: skip
+        tokens = tuple(tuple(sizes) for sizes in fields["tokens"])
+        return cls(**{**fields, "versions": tuple(versions), "tokens": tokens})
+
+    def batch(self, point: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, hidden], weights and experts [N, top_k] of a rank, on the CPU: known to anybody."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + point * 1009 + rank)
+        size = self.tokens[point][rank]
+        x = torch.randn(size, self.hidden, generator=generator)
+        router = SyntheticRouter(self.num_experts, self.top_k, skew=self.skew, seed=self.seed)
+        for _ in range(point * self.num_ranks + rank):
+            router.route(1)
+        return x.to(getattr(torch, self.dtype)), *router.route(size)
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One version on one point.
+
+    Attributes:
+        samples_s: one time for each round, the longest of all ranks.
+        error: norm of the difference to one rank with all experts, over that result's norm; the
+            largest of all ranks.
+        links: bytes of one call on each link: what travels, from, to.
+        phases: medians of the version's phases alone, each the longest of all ranks.
+    """
+
+    version: str
+    tokens: tuple[int, ...]
+    samples_s: tuple[float, ...]
+    error: float
+    links: Counter[Link]
+    phases: PhaseTimes
+
+
+def run_study(study: LayerStudy, rank: int, device: torch.device) -> list[StudyRow]:
+    """This rank's rows, in an initialised process group; links are those that it sent on."""
+    weights, shared = _make_weights(study, device)
+    placements = [
+        ExpertPlacement(study.num_experts, v.slots)
+        if v.slots
+        else ExpertPlacement.even(study.num_experts, study.num_ranks)
+        for v in study.versions
+    ]
+    nodes = sorted({v.config.ranks_per_node for v in study.versions if v.config.ranks_per_node})
+    groups: dict[int | None, NodeGroups] = {size: make_node_groups(size) for size in nodes}
+    layers = [
+        make_expert_parallel(
+            weights.of_rank(placement, rank), placement, study.top_k, version.config,
+            node_groups=groups.get(version.config.ranks_per_node),
+        )
+        for version, placement in zip(study.versions, placements, strict=True)
+    ]  # fmt: skip
+    rows: list[StudyRow] = []
+    for point in range(len(study.tokens)):
+        x, factors, experts = (part.to(device) for part in study.batch(point, rank))
+        expected = weights(x, factors, experts)
+        expected = expected if shared is None else expected + shared(x)
+        rows += _run_point(study, point, layers, shared, (x, factors, experts), expected)
+    return rows
+
+
+def _run_point(
+    study: LayerStudy,
+    point: int,
+    layers: list[ExpertParallel],
+    shared: SharedExpert | None,
+    batch: tuple[Tensor, Tensor, Tensor],
+    expected: Tensor,
+) -> list[StudyRow]:
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for version, layer in zip(study.versions, layers, strict=True):
+        if version.overlap:
+            calls[version.name] = partial(
+                forward_overlapped, layer, *batch, shared, version.num_chunks
+            )
+        else:
+            calls[version.name] = partial(forward_sequential, layer, *batch, shared)
+    results = []
+    for version, layer in zip(study.versions, layers, strict=True):
+        before = layer.link_bytes
+        out = calls[version.name]()
+        links = layer.link_bytes - before
+        results.append((relative_error(out, expected), links))
+    times = time_versions(calls, batch[0].device, iterations=study.iterations, warmup=study.warmup)
+    return [
+        StudyRow(
+            version.name, study.tokens[point], tuple(times[version.name]), error, links,
+            measure_phases(layer, shared, batch, study.iterations),
+        )
+        for version, layer, (error, links) in zip(study.versions, layers, results, strict=True)
+    ]  # fmt: skip
+
+
+def measure_phases(
+    layer: ExpertParallel,
+    shared: SharedExpert | None,
+    batch: tuple[Tensor, Tensor, Tensor],
+    iterations: int,
+) -> PhaseTimes:
+    """Median seconds of each phase alone; packing belongs to the dispatch, counts to before."""
+    x, weights, experts = batch
+    (trip,) = layer.plan([(weights, experts)])
+    arrived = layer.start_dispatch(x, trip)
+    results = layer.compute(arrived, x.dtype)
+    times = time_versions(
+        {
+            "before": lambda: layer.plan([(weights, experts)]),
+            "dispatch": lambda: layer.start_dispatch(x, trip).wait(),
+            "experts": lambda: layer.compute(arrived, x.dtype),
+            "combine": lambda: layer.finish(layer.start_combine(results, trip), trip, x.dtype),
+            "shared": lambda: shared(x) if shared is not None else None,
+        },
+        x.device,
+        iterations=iterations,
+    )
+    middle = {name: median(samples) for name, samples in times.items()}
+    return PhaseTimes(
+        middle["dispatch"], middle["experts"], middle["combine"],
+        middle["shared"] if shared is not None else 0.0, middle["before"],
+    )  # fmt: skip
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of ``expected``; 0 for no rows."""
+    if not expected.numel():
+        return 0.0
+    difference = (out.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp(min=1e-30))
+
+
+def _make_weights(
+    study: LayerStudy, device: torch.device
+) -> tuple[ExpertWeights, SharedExpert | None]:
+    """The same random weights on every rank."""
+    generator = torch.Generator(device).manual_seed(study.seed)
+    dtype = getattr(torch, study.dtype)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return values.mul_(shape[-1] ** -0.5)
+
+    experts, hidden, inner = study.num_experts, study.hidden, study.inner
+    weights = ExpertWeights(normal(experts, 2 * inner, hidden), normal(experts, hidden, inner))
+    if not study.shared_inner:
+        return weights, None
+    wide = study.shared_inner
+    return weights, SharedExpert(normal(2 * wide, hidden), normal(hidden, wide))
