@@ -27,6 +27,7 @@ HEADROOM = 1.5
 """By how much the p99 of a decode step may exceed that of the roomy pool. A step that waited for
 one promotion, or for one block's recomputation, would exceed it."""
 _ROUNDS = 2
+_WRONG = "tokens differ"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,17 @@ class Conversations:
         """Of all conversations at their end."""
         return self.count * -(-self.tokens // BLOCK)
 
+    @property
+    def small_pool(self) -> int:
+        """Blocks of the pool that is too small; whoever runs fits in it."""
+        running = self.at_once * (-(-self.tokens // BLOCK) + 1)
+        return max(running, int(self.pool_share * self.blocks))
+
+    @property
+    def tiers(self) -> TierConfig:
+        """Host memory below it, which holds everything."""
+        return TierConfig(host_blocks=2 * self.blocks)
+
     def message(self, conversation: int, turn: int, vocab_size: int) -> list[int]:
         """Random tokens, the same ones each time."""
         rng = np.random.default_rng([conversation, turn])
@@ -115,6 +127,10 @@ def validate_decode_latency(
 ) -> Validation:
     """Serve the load over both pools and compare the p99 of decode steps with the budget.
 
+    The p99 of some hundred steps is one of the slowest, which another process can cause. So what
+    is too slow is measured once more, baseline included, and fails if it fails again. Wrong tokens
+    fail at once.
+
     Args:
         source, device: for ``load_model``; float32, because tokens are compared, too.
         budget_s: of a decode step's p99; None derives it (see the module).
@@ -127,16 +143,26 @@ def validate_decode_latency(
     """
     load = Conversations() if load is None else load
     model = load_model(source, device=device, dtype=torch.float32)
-    per_request = -(-load.tokens // BLOCK) + 1
-    small = max(load.at_once * per_request, int(load.pool_share * load.blocks))
-    tiers = TierConfig(host_blocks=2 * load.blocks)
-    _run(model, small, tiers, policies[0], load, Observed())  # warms up
+    _run(model, load.small_pool, load.tiers, policies[0], load, Observed())  # warms up
+    outcome = _attempt(model, load, policies, budget_s)
+    if outcome.passed or _WRONG in outcome.report:
+        return outcome
+    again = _attempt(model, load, policies, budget_s)
+    heads = ("first attempt, not kept:", "second attempt, which decides:")
+    report = "\n".join([heads[0], outcome.report, heads[1], again.report])
+    return Validation(again.passed, report)
+
+
+def _attempt(
+    model: Transformer, load: Conversations, policies: Sequence[str], budget_s: float | None
+) -> Validation:
+    """Measure both pools in turns, and judge every policy."""
     roomy, seen = Observed(), {policy: Observed() for policy in policies}
     copies_s = []
     for _ in range(_ROUNDS):
         copies_s.append(_run(model, 2 * load.blocks, None, policies[0], load, roomy))
         for policy, observed in seen.items():
-            copies_s.append(_run(model, small, tiers, policy, load, observed))
+            copies_s.append(_run(model, load.small_pool, load.tiers, policy, load, observed))
     most = max(step.demoted for observed in seen.values() for step in observed.steps)
     copy_s = float(np.median(copies_s))
     if budget_s is None:
@@ -149,8 +175,8 @@ def validate_decode_latency(
         limit_s, told = budget_s, f"{budget_s * 1e3:.4g} ms, as given"
     verdicts = [_judge(policy, roomy, observed, limit_s) for policy, observed in seen.items()]
     head = (
-        f"pool: {small} of the {load.blocks} blocks that the conversations come to, host memory "
-        f"below\nbudget for the p99 of a decode step: {told}"
+        f"pool: {load.small_pool} of the {load.blocks} blocks that the conversations come to, host "
+        f"memory below\nbudget for the p99 of a decode step: {told}"
     )
     report = "\n".join([head, *(verdict.report for verdict in verdicts)])
     return Validation(all(verdict.passed for verdict in verdicts), report)
@@ -160,7 +186,7 @@ def _judge(policy: str, roomy: Observed, small: Observed, limit_s: float) -> Val
     """Verdict on one policy, with the evidence."""
     faults = []
     if small.tokens != roomy.tokens:
-        faults.append("tokens differ between the two pools")
+        faults.append(f"{_WRONG} between the two pools")
     if not small.evicted or not small.promoted_tokens:
         faults.append("the small pool did not evict and promote, so nothing was tested")
     if small.p99_s > limit_s:
