@@ -140,7 +140,7 @@ def test_a_failed_step_strands_nobody_who_is_loading(before: bool) -> None:
     if before:
         demote = store.demote
 
-        def broken(pairs: Any) -> None:
+        def broken(*_: Any) -> None:
             store.demote = demote  # type: ignore[method-assign]
             raise RuntimeError("injected")
 

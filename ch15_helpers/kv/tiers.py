@@ -115,9 +115,10 @@ class TieredStore:
 
     # ---- demotion --------------------------------------------------------------------------
 
-    def demote(self, pairs: Sequence[tuple[int, BlockKey]]) -> None:
+    def demote(self, pairs: Sequence[tuple[int, BlockKey]], keep: Sequence[BlockKey] = ()) -> None:
         """Keep the content of (device block, key) pairs that are about to be given up.
 
+        ``keep`` names blocks that are about to be promoted: none of them makes room here.
         Work that is given to the compute stream after the return may overwrite the blocks. What a
         tier in memory has already costs nothing; what finds no slot is lost.
         """
@@ -130,9 +131,16 @@ class TieredStore:
             size = self.config.staging_blocks
             if self._backing:  # no piece takes more slots than are kept ready
                 size = min(size, max(1, ready))
+            kept = [found for key in keep if (found := self._memory.find(key)) is not None]
+            for tier, entry in kept:
+                tier.index.touch(entry)
+                tier.index.pin(entry)
             for start in range(0, len(pairs), size):
+                self._clean(ready)  # promotions may have taken blocks out of those kept ready
                 self._memory.store(pairs[start : start + size])
-                self._clean(ready)
+            for tier, entry in kept:
+                tier.index.unpin(entry)
+            self._clean(ready)
 
     def flush(self) -> None:
         """Write every block of the last memory tier down, so that a restart finds it; waits."""

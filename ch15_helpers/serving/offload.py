@@ -36,8 +36,11 @@ class Store(Protocol):
     def num_leading(self, keys: Sequence[BlockKey]) -> int:
         """How many of the first keys are in some tier."""
 
-    def demote(self, pairs: Sequence[tuple[int, BlockKey]]) -> None:
-        """Keep the content of device blocks that are about to be overwritten."""
+    def demote(
+        self, pairs: Sequence[tuple[int, BlockKey]], keep: Sequence[BlockKey] = ()
+    ) -> None:
+        """Keep the content of device blocks that are about to be overwritten; ``keep`` is about
+        to be promoted and must not be given up for it."""
 
     def promote(self, pairs: Sequence[tuple[BlockKey, int]]) -> Arrival:
         """Start to copy blocks back."""
@@ -67,9 +70,14 @@ class Offload:
         """Promotions that the scheduler has not been told about."""
         return len(self._under_way)
 
-    def demote(self, pairs: Sequence[tuple[int, BlockKey]]) -> None:
-        """Hand evicted blocks down before the step overwrites them."""
-        self.store.demote(pairs)
+    def demote(
+        self, pairs: Sequence[tuple[int, BlockKey]], promotions: Sequence[Promotion] = ()
+    ) -> None:
+        """Hand evicted blocks down before the step overwrites them.
+
+        Room for them must not come from what this step's promotions are about to ask for.
+        """
+        self.store.demote(pairs, [key for each in promotions for key, _ in each.pairs])
 
     def promote(self, promotions: Sequence[Promotion]) -> None:
         """Start to bring blocks back while the step runs."""

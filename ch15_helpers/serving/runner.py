@@ -110,7 +110,7 @@ class ModelRunner:
         if step.swap_out and self.host_cache is not None:
             swap_blocks(self.cache, self.host_cache, step.swap_out)
         if step.demotions and self.offload is not None:
-            self.offload.demote(step.demotions)
+            self.offload.demote(step.demotions, step.promotions)
         if step.copies:
             self.cache.copy_blocks(step.copies)
         if step.swap_in and self.host_cache is not None:
