@@ -134,6 +134,18 @@ def test_without_a_lower_tier_the_coldest_is_given_up() -> None:
         assert transfer.ok == [True, False, False, True] and transfer.num_leading_ok == 1
 
 
+def test_what_is_about_to_be_promoted_makes_no_room() -> None:
+    with tiers(host_blocks=4) as (store, cache, keys, was):
+        demote(store, keys[:4])
+        store.demote([(i, keys[i]) for i in range(4, 12)], keep=keys[:3])
+        transfer = promote(store, keys[:3])
+        assert transfer.ok == [True] * 3
+        assert_sound(cache, transfer, was)
+        store.demote([(i, keys[i]) for i in range(4, 8)])
+        transfer.wait()
+        assert len([key for key in keys if store.tier_of(key)]) == 4, "room for later ones"
+
+
 def test_layouts_share_files(tmp_path: Path) -> None:
     disk = {"disk_dir": str(tmp_path), "disk_blocks": 20}
     with tiers("layer_major", **disk) as (store, _, keys, was):
