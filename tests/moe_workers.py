@@ -156,6 +156,8 @@ def random_cases(rank: int, world: int) -> list[dict[str, Any]]:
     modes += [{"ranks_per_node": n} for n in groups]
     modes += [{"ranks_per_node": 2, "spare": 2, "nearest_replica": True}] if 2 in groups else []
     modes += [{"ranks_per_node": n, "deduplicate": False} for n in groups]
+    modes += [{"max_tokens": 40}, {"max_tokens": 40, "spare": 1, "sizes": [0] * (world - 1) + [9]}]
+    modes += [{"max_tokens": 40, "ranks_per_node": n} for n in groups]
     modes += [{"sizes": [0] * (world - 1) + [9]}, {"sizes": [0] * world}]
     modes += [{"one_expert": 3, "top_k": 1}, {"one_expert": 3, "top_k": 1, "ranks_per_node": 1}]
     modes += [{"num_experts": world, "top_k": world}, {"num_experts": 2 * world - 1, "top_k": 2}]
@@ -229,7 +231,13 @@ def capacity_case(rank: int, world: int) -> tuple[float, int, int, bool]:
 def nan_case(rank: int, world: int, groups: NodeGroups) -> bool:
     """Rank 0's token 1 is not a number: nothing else changes, anywhere."""
     clean_elsewhere = True
-    for options in ({}, {"fp8_dispatch": True}, {"ranks_per_node": 2}, {"deduplicate": False}):
+    for options in (
+        {},
+        {"fp8_dispatch": True},
+        {"ranks_per_node": 2},
+        {"deduplicate": False},
+        {"max_tokens": 15},
+    ):
         case = Case(rank, world, 7, sizes=[12] * world, **options)
         layer = case.layer(groups)
         x, weights, experts = case.batches[rank]

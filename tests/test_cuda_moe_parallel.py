@@ -37,6 +37,7 @@ def test_every_version_is_the_one_rank_layer(dtype: str) -> None:
             Version("plain"),
             Version("chunks", overlap=True, num_chunks=2),
             Version("fp8", ExpertParallelConfig(True, torch.bfloat16), overlap=True),
+            Version("fixed", ExpertParallelConfig(max_tokens=750)),
             Version("nodes", ExpertParallelConfig(ranks_per_node=max(1, ranks // 2))),
         ),
     )

@@ -79,13 +79,31 @@ def test_copies_hold_every_pair_once_and_go_home(dedup, seed):
         assert torch.allclose(sums[token], rows[mine].sum(0), atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 23])
+def test_fixed_messages_hold_the_same_copies(tokens):
+    weights, slots = SyntheticRouter(15, 4, skew=0.7, seed=2).route(tokens)
+    slots[::4, 2] = -1
+    plain = make_copies(slots, weights, 3, 5, True)
+    fixed = make_copies(slots, weights, 3, 5, True, fixed_rows=25)
+    assert fixed.tokens.shape == (125,)
+    total = int(plain.counts.sum())
+    for name in ("tokens", "slots", "weights"):
+        assert torch.equal(getattr(fixed, name)[fixed.valid], getattr(plain, name)[:total])
+    assert (fixed.slots[~fixed.valid] == -1).all()
+    chosen = plain.positions >= 0
+    assert torch.equal(fixed.positions >= 0, chosen)
+    rows = torch.zeros(125, dtype=torch.int64)
+    rows[fixed.valid] = torch.arange(total)
+    assert torch.equal(rows[fixed.positions[chosen]], plain.positions[chosen])
+
+
 def test_tables_do_not_grow_with_experts_times_tokens():
     """Doubling the experts of a large layer adds nothing that depends on the tokens."""
     weights, slots = SyntheticRouter(64, 4).route(512)
     sizes = []
     for homes in (8, 64):
         copies = make_copies(slots, weights, 64 // homes, homes, True)
-        sizes.append(sum(t.numel() for t in vars(copies).values()))
+        sizes.append(sum(t.numel() for t in vars(copies).values() if t is not None))
     assert sizes[1] - sizes[0] == 64 - 8
     assert sizes[0] <= 512 * 4 * (1 + 1 + 4 + 4) + 8
 
@@ -204,6 +222,8 @@ def test_two_batches_win_when_large_and_lose_when_small():
     [
         ({"capacity_factor": 0.0}, "capacity_factor"),
         ({"capacity_factor": float("nan")}, "capacity_factor"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 8, "deduplicate": False}, "bounds the copies"),
         ({"ranks_per_node": 0}, "ranks_per_node"),
         ({"nearest_replica": True}, "what is near"),
     ],

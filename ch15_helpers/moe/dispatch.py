@@ -30,7 +30,7 @@ Link = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Copies:
-    """Copies of tokens, sorted by destination; before :meth:`cut` it is not known how many.
+    """Copies of tokens, sorted by destination; the host does not know yet how many.
 
     Attributes:
         tokens: int64 [at least C], token of each copy.
@@ -38,6 +38,7 @@ class Copies:
         slots: int64 [at least C, entries], slots at the destination, -1 for none.
         weights: float32 [at least C, entries].
         counts: int64 [num_destinations], copies for each.
+        valid: bool [rows] where each destination has a fixed number of rows: not padding.
     """
 
     tokens: Tensor
@@ -45,10 +46,16 @@ class Copies:
     slots: Tensor
     weights: Tensor
     counts: Tensor
+    valid: Tensor | None = None
 
 
 def make_copies(
-    slots: Tensor, weights: Tensor, slots_per_destination: int, num_destinations: int, dedup: bool
+    slots: Tensor,
+    weights: Tensor,
+    slots_per_destination: int,
+    num_destinations: int,
+    dedup: bool,
+    fixed_rows: int | None = None,
 ) -> Copies:
     """Which copies a batch needs; nothing here waits for the host.
 
@@ -56,6 +63,7 @@ def make_copies(
         slots: int64 [num_tokens, k], global slots; -1 goes nowhere.
         weights: float32 [num_tokens, k].
         dedup: one copy for each (token, destination), else one for each (token, slot).
+        fixed_rows: rows of each destination, padded; at least as many as there can be copies.
     """
     top_k = slots.shape[1]
     home = slots.div(slots_per_destination, rounding_mode="floor")  # -1 stays -1
@@ -65,9 +73,19 @@ def make_copies(
         repeated[:, 1:] = home[:, 1:] == home[:, :-1]
         home = home.masked_fill(repeated, -1)
     flat = home.flatten()
+    counts = torch.zeros(num_destinations + 1, dtype=torch.int64, device=slots.device)
+    keys = torch.where(flat < 0, num_destinations, flat)
+    counts = counts.scatter_add_(0, keys, torch.ones_like(keys))[:-1]
     order = sort_by_expert(home.contiguous(), num_destinations, 1, _TILE)
     # Past the end the order is undefined: any valid pair will do until the rows are cut off.
     pairs = order.rows.long().clamp(0, max(0, flat.numel() - 1))
+    positions, valid = order.positions.long(), None
+    if fixed_rows is not None:
+        pairs, positions, valid = _spread(pairs, positions, flat, counts, fixed_rows)
+    if not flat.numel():
+        rows = len(pairs)
+        nothing = slots.new_full((rows, top_k if dedup else 1), -1)
+        return Copies(pairs, positions.view(slots.shape), nothing, nothing.float(), counts, valid)
     tokens = pairs.div(top_k, rounding_mode="floor")
     if dedup:
         first = (flat[pairs] * slots_per_destination)[:, None]
@@ -77,10 +95,25 @@ def make_copies(
     else:
         entries = slots.flatten()[pairs, None].remainder(slots_per_destination)
         factors = weights.flatten()[pairs, None]
-    counts = torch.zeros(num_destinations + 1, dtype=torch.int64, device=slots.device)
-    keys = torch.where(flat < 0, num_destinations, flat)
-    counts.scatter_add_(0, keys, torch.ones_like(keys))
-    return Copies(tokens, order.positions.long().view(slots.shape), entries, factors, counts[:-1])
+    if valid is not None:
+        entries = torch.where(valid[:, None], entries, -1)
+    return Copies(tokens, positions.view(slots.shape), entries, factors, counts, valid)
+
+
+def _spread(
+    pairs: Tensor, positions: Tensor, homes: Tensor, counts: Tensor, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The order with ``rows`` rows for each destination, and which of them are not padding."""
+    starts = counts.cumsum(0) - counts
+    lane = torch.arange(len(counts) * rows, device=counts.device)
+    home, index = lane.div(rows, rounding_mode="floor"), lane.remainder(rows)
+    valid = index < counts[home]
+    if not len(pairs):
+        return torch.zeros_like(lane), positions, valid
+    padded = pairs[(starts[home] + index).clamp(max=len(pairs) - 1)]
+    known = homes.clamp(min=0)
+    moved = positions - starts[known] + known * rows
+    return padded, torch.where(positions < 0, -1, moved), valid
 
 
 def sum_copies(rows: Tensor, copies: Copies, dtype: torch.dtype) -> Tensor:
@@ -96,7 +129,10 @@ def sum_copies(rows: Tensor, copies: Copies, dtype: torch.dtype) -> Tensor:
         ones = torch.ones_like(copies.positions, dtype=torch.float32)
         return combine_triton(rows, copies.positions.int().flatten(), ones).to(dtype)
     out = torch.zeros(num_tokens, hidden, dtype=torch.float32, device=rows.device)
-    return out.index_add_(0, copies.tokens[: len(rows)], rows.float()).to(dtype)
+    tokens = copies.tokens[: len(rows)]
+    if copies.valid is not None:
+        tokens, rows = tokens[copies.valid], rows[copies.valid]
+    return out.index_add_(0, tokens, rows.float()).to(dtype)
 
 
 class Pending:
@@ -186,6 +222,8 @@ class Dispatcher:
         slots_per_destination: see :func:`make_copies`.
         wire: layout of the rows; ``entries`` is the router's top k, or 1 without deduplication.
         combine_dtype: type in which results travel back.
+        fixed_rows: each message has so many rows, and no counts are traded: nothing waits for the
+            host. Needs ``dedup``, and no batch may have more tokens than that.
     """
 
     def __init__(
@@ -195,23 +233,32 @@ class Dispatcher:
         wire: WireFormat,
         combine_dtype: torch.dtype,
         dedup: bool = True,
+        fixed_rows: int | None = None,
     ) -> None:
         self.exchange, self.wire, self.dedup = exchange, wire, dedup
+        self.fixed_rows = fixed_rows
         self._size, self._combine_dtype = slots_per_destination, combine_dtype
 
     def plan(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Trip]:
         """Agree on the counts of some batches at once: (weights, global slots) of each."""
+        fixed, size = self.fixed_rows, self.exchange.size
+        most = max((len(slots) for _, slots in batches), default=0)
+        if fixed is not None and most > fixed:
+            raise MoEError(f"a batch has {most} tokens, messages are made for {fixed}")
         made = [
-            make_copies(slots, weights, self._size, self.exchange.size, self.dedup)
+            make_copies(slots, weights, self._size, size, self.dedup, fixed)
             for weights, slots in batches
         ]
+        if fixed is not None:
+            return [Trip(copies, [fixed] * size, [fixed] * size) for copies in made]
         sent, received = self.exchange.counts(torch.stack([c.counts for c in made], dim=1))
         return [Trip(*parts) for parts in zip(made, sent, received, strict=True)]
 
     def start_dispatch(self, x: Tensor, trip: Trip) -> Pending:
         """Pack [num_tokens, hidden] and send; what arrives is for :meth:`unpack`."""
         copies, num_rows = trip.copies, sum(trip.sent)
-        rows = x.index_select(0, copies.tokens[:num_rows])
+        source = x if len(x) else x.new_zeros(1, x.shape[1])  # padding of an empty batch
+        rows = source.index_select(0, copies.tokens[:num_rows])
         packed = self.wire.encode(rows, copies.slots[:num_rows], copies.weights[:num_rows])
         return self.exchange.start("dispatch", packed, trip.sent, trip.received)
 

@@ -36,6 +36,8 @@ class ExpertParallelConfig:
         deduplicate: a token goes to a rank once, with all its experts there.
         capacity_factor: most pairs of an expert from one rank, in even shares; pairs beyond it
             are dropped, which bounds every buffer. None drops nothing.
+        max_tokens: of a batch on any rank. Messages then have a fixed size, padded, and counts need
+            not be traded: more bytes, less waiting, as in DeepEP's low-latency mode.
         ranks_per_node: two-level dispatch through nodes of this many consecutive ranks.
         nearest_replica: use only the nearest replicas of an expert instead of all in turn.
     """
@@ -44,12 +46,18 @@ class ExpertParallelConfig:
     combine_dtype: torch.dtype | None = None
     deduplicate: bool = True
     capacity_factor: float | None = None
+    max_tokens: int | None = None
     ranks_per_node: int | None = None
     nearest_replica: bool = False
 
     def __post_init__(self) -> None:
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise MoEError(f"capacity_factor is {self.capacity_factor}; expected above 0 or None")
+        if self.max_tokens is not None and not (self.max_tokens >= 1 and self.deduplicate):
+            raise MoEError(
+                f"max_tokens is {self.max_tokens}; expected 1 or more, with deduplicate, which "
+                "bounds the copies of a token for one rank"
+            )
         if self.ranks_per_node is not None and self.ranks_per_node < 1:
             raise MoEError(f"ranks_per_node is {self.ranks_per_node}; expected 1 or more, or None")
         if self.nearest_replica and self.ranks_per_node is None:
@@ -90,6 +98,7 @@ class ExpertParallel:
             wire_format(experts.hidden_size, dtype, top_k, self.config),
             self.config.combine_dtype or dtype,
             self.config.deduplicate,
+            self.config.max_tokens,
         )
 
     @property

@@ -112,8 +112,10 @@ class HierarchicalExpertParallel(ExpertParallel):
         back = config.combine_dtype or dtype
         size, dedup = placement.slots_per_rank, config.deduplicate
         node_size = size * config.ranks_per_node
-        self._dispatcher = Dispatcher(self._across, node_size, wire, back, dedup)
-        self._second = Dispatcher(self._inside, size, wire, back, dedup)
+        most = config.max_tokens
+        arriving = most and most * self._across.size
+        self._dispatcher = Dispatcher(self._across, node_size, wire, back, dedup, most)
+        self._second = Dispatcher(self._inside, size, wire, back, dedup, arriving)
 
     @property
     def link_bytes(self) -> Counter[Link]:

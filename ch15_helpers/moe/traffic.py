@@ -53,7 +53,7 @@ def count_links(
             if start != end:
                 links["dispatch" + level, start, end] += rows * sizes["dispatch"]
                 links["combine" + level, end, start] += rows * sizes["combine"]
-    return links + _counts(topology, config)
+    return links if config.max_tokens is not None else links + _counts(topology, config)
 
 
 def _hops(
@@ -64,6 +64,8 @@ def _hops(
     topology: Topology,
 ) -> list[tuple[str, int, int, int]]:
     """(level, from, to, rows) of a rank's batch, rows that stay included."""
+    if config.max_tokens is not None:
+        return _fixed_hops(source, config.max_tokens, config, topology)
     if config.capacity_factor is not None:
         num_tokens, top_k = experts.shape
         factor, num_experts = config.capacity_factor, placement.num_experts
@@ -84,6 +86,20 @@ def _hops(
     return hops + [
         (" inside", topology.gateway(source, topology.node_of(target)), target, rows)
         for target, rows in enumerate(to_ranks)
+    ]
+
+
+def _fixed_hops(
+    source: int, rows: int, config: ExpertParallelConfig, topology: Topology
+) -> list[tuple[str, int, int, int]]:
+    """Messages of one size to everybody, whatever was routed."""
+    if config.ranks_per_node is None:
+        return [("", source, target, rows) for target in range(topology.num_ranks)]
+    nodes = range(topology.num_nodes)
+    first = topology.node_of(source) * topology.ranks_per_node
+    inside = range(first, first + topology.ranks_per_node)
+    return [(" across", source, topology.gateway(source, node), rows) for node in nodes] + [
+        (" inside", source, target, rows * topology.num_nodes) for target in inside
     ]
 
 
