@@ -34,7 +34,7 @@ class SpyWire(LocalWire):
 
     def start(self, messages: Sequence[WireMessage]) -> None:
         for message in messages:
-            rows = message.pieces[-1].untyped_storage().data_ptr()
+            rows = message.pieces[0].untyped_storage().data_ptr()
             self.borrowed.append(rows != message.buffer.untyped_storage().data_ptr())
             self.direct.append(message.direct)
         super().start(messages)

@@ -142,6 +142,7 @@ class FabricWire:
             if not message.sending:
                 self.inner.start([message])
                 continue
+            message.seal()
             delivery = self.fabric.send((self.rank, message.peer), message.num_bytes)
             if delivery.lost:
                 # Its empty shell still goes: the real wire below must stay in step.

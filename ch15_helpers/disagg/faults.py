@@ -34,6 +34,7 @@ class FaultyWire:
 
     def start(self, messages: Sequence[WireMessage]) -> None:
         for message in messages:
+            message.seal()
             if message.sending and message.number == self.number:
                 damage(message.buffer, message.num_blocks, self.fault, self.row)
         self.inner.start(messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,34 +44,44 @@ class Freight:
     def pieces(self, batch: Batch, buffer: Tensor) -> list[Tensor]:
         """How a message is divided, the same on both sides."""
         tags, rows = split(buffer, len(batch))
-        return [buffer] if rows.numel() < _APART_BYTES else [tags.view(-1), rows.view(-1)]
+        return [buffer] if rows.numel() < _APART_BYTES else [rows.view(-1), tags.view(-1)]
 
-    def pack(self, batch: Batch, buffer: Tensor, zero_copy: bool) -> list[Tensor]:
-        """Write a message and return its pieces.
+    def pack(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
+        """Fill a message. The peer waits for it even when its transfer has been given up.
 
-        The peer waits for it even when its transfer has been given up. Rows that are sent from the
-        pool itself may be overwritten if the transfer is given up meanwhile; their digest tells.
+        Rows that are sent from the pool itself may be overwritten if the transfer is given up
+        meanwhile; their digests tell. Those are computed when the wire takes the tags.
         """
         transfer, began_s = batch.transfer, self._clock()
-        tags, rows = split(buffer, len(batch))
-        pieces = self.pieces(batch, buffer)
+        tags, rows = split(message.buffer, len(batch))
+        message.pieces = self.pieces(batch, message.buffer)
         if transfer.state is not TransferState.PENDING:
             write_void(tags)
-            return pieces
+            return
         refs = transfer.refs[batch.start : batch.stop]
         blocks = [ref.block for ref in refs]
-        own = self.pool.memory(blocks, transfer.part) if zero_copy and len(pieces) > 1 else None
-        digests = []
-        for some in self._groups(rows):
-            if own is None:
+        own = None
+        if zero_copy and len(message.pieces) > 1:
+            own = self.pool.memory(blocks, transfer.part)
+        if own is not None:
+            rows = own
+            message.pieces[0] = own.view(-1)
+            message.complete = partial(self._seal, batch, tags, rows)
+        else:
+            digests = []
+            for some in self._groups(rows):
                 self.pool.pack(blocks[some], transfer.part, rows[some])
-            if self._verify:
-                digests.append(self._digests((rows if own is None else own)[some]))
-            else:
-                digests.append(torch.zeros(some.stop - some.start, dtype=torch.int64))
+                digests.append(self._digests(rows[some]) if self._verify else _no_digests(some))
+            write_tags(tags, refs, transfer.part, torch.cat(digests))
+        transfer.pack_s += self._clock() - began_s
+
+    def _seal(self, batch: Batch, tags: Tensor, rows: Tensor) -> None:
+        transfer, began_s = batch.transfer, self._clock()
+        groups = self._groups(rows)
+        digests = [self._digests(rows[g]) if self._verify else _no_digests(g) for g in groups]
+        refs = transfer.refs[batch.start : batch.stop]
         write_tags(tags, refs, transfer.part, torch.cat(digests))
         transfer.pack_s += self._clock() - began_s
-        return pieces if own is None else [pieces[0], own.view(-1)]
 
     def aim(self, batch: Batch) -> Tensor | None:
         """Memory of the pool that a message's rows may be received into, if there is any.
@@ -93,7 +104,7 @@ class Freight:
         transfer, began_s = batch.transfer, self._clock()
         tags, rows = split(message.buffer, len(batch))
         if message.direct:
-            rows = message.pieces[1].view(len(batch), -1)
+            rows = message.pieces[0].view(len(batch), -1)
         if self._verify:
             self._land_verified(batch, Tags(tags, transfer.part), rows, message.direct)
         else:
@@ -143,3 +154,7 @@ class Freight:
         if size not in self._checksums:
             self._checksums[size] = Checksum(size // 8, rows.device)
         return self._checksums[size](rows)
+
+
+def _no_digests(group: slice) -> Tensor:
+    return torch.zeros(group.stop - group.start, dtype=torch.int64)

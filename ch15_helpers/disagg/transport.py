@@ -267,14 +267,14 @@ class BlockTransport:
         assert self._freight is not None
         zero_copy = self.wire.zero_copy and self._freight.pool.device == self.wire.device
         if message.sending:
-            message.pieces = self._freight.pack(batch, message.buffer, zero_copy)
+            self._freight.pack(batch, message, zero_copy)
             return
         message.pieces = self._freight.pieces(batch, message.buffer)
         own = self._freight.aim(batch) if zero_copy else None
         if own is not None:
             assert batch.transfer.lease is not None
             batch.transfer.lease.pin()
-            message.pieces[1], message.direct = own.view(-1), True
+            message.pieces[0], message.direct = own.view(-1), True
 
     def _finish(self, message: WireMessage, error: str | None) -> None:
         batch = self._lanes.finish(message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +25,7 @@ class WireMessage:
         number: place in its transfer.
         pieces: what moves, in order: the buffer, or several parts of it, or memory of a pool.
         direct: the rows that are received are memory of the pool.
+        complete: writes what the last piece still lacks; see ``take``.
     """
 
     sending: bool
@@ -35,6 +36,20 @@ class WireMessage:
     number: int
     pieces: list[Tensor] = field(default_factory=list)
     direct: bool = False
+    complete: Callable[[], None] | None = None
+
+    def seal(self) -> None:
+        """Make all pieces complete."""
+        complete, self.complete = self.complete, None
+        if complete is not None:
+            complete()
+
+    def take(self) -> Iterator[Tensor]:
+        """The pieces in order. The last is completed only now, so that the first already moves
+        while its checksums are computed."""
+        yield from self.pieces[:-1]
+        self.seal()
+        yield self.pieces[-1]
 
     @property
     def num_bytes(self) -> int:
@@ -167,6 +182,7 @@ class LocalWire:
 
     def start(self, messages: Sequence[WireMessage]) -> None:
         for message in messages:
+            message.seal()
             self.hub.add(self.rank, message)
 
     def finished(self) -> list[tuple[WireMessage, str | None]]:

@@ -65,7 +65,7 @@ class GlooWire:
     def start(self, messages: Sequence[WireMessage]) -> None:
         for message in messages:
             try:
-                works = [self._post(message, piece) for piece in message.pieces]
+                works = [self._post(message, piece) for piece in message.take()]
             except RuntimeError as error:  # the connection is closed already
                 with self._changed:
                     self._done.append((message, str(error)))
@@ -168,7 +168,7 @@ class NcclWire:
                 group_peer=message.peer,
             )
             for message in messages
-            for piece in message.pieces
+            for piece in message.take()
         ]
         with torch.cuda.stream(self._stream):
             for work in dist.batch_isend_irecv(operations):

@@ -56,7 +56,7 @@ class MpiWire:
             post = self.communicator.Isend if message.sending else self.communicator.Irecv
             tag = self._tag(message.channel)
             try:
-                requests = [post(p.numpy(), message.peer, tag) for p in message.pieces]
+                requests = [post(p.numpy(), message.peer, tag) for p in message.take()]
             except self._mpi.Exception as error:
                 self._done.append((message, str(error)))
                 continue

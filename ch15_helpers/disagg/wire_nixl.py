@@ -87,6 +87,7 @@ class NixlWire:
     def start(self, messages: Sequence[WireMessage]) -> None:
         for message in messages:
             if message.sending:
+                message.seal()
                 number, buffer = self._num_sends, message.buffer
                 self._num_sends += 1
                 self._sends[number] = message
