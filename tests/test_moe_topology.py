@@ -23,6 +23,7 @@ from ch15_helpers.moe.rebalance import (
     stall_s,
 )
 from ch15_helpers.moe.routing import SyntheticRouter, expert_counts
+from ch15_helpers.moe.sweep import SweepSetup, sweep_routing
 from ch15_helpers.moe.topology import Topology
 from ch15_helpers.moe.traffic import (
     LinkSpeeds,
@@ -215,3 +216,24 @@ def test_rebalancing_loses_when_weights_are_heavy_and_loads_change_faster_than_t
     assert serve(fast, 4, **slow_link).total_s > serve(fast, None, **slow_link).total_s
     with pytest.raises(MoEError, match="window"):
         serve(fast, 0)
+
+
+def test_a_sweep_shows_what_skew_and_capacity_do():
+    setup = SweepSetup(Topology(4, 2), LinkSpeeds(100.0, 10.0), 128, 64, s_per_pair=1e-6)
+    rows = {
+        (r.num_experts, r.top_k, r.skew, r.capacity_factor): r
+        for r in sweep_routing(setup, [16, 32], [1, 4], [0.0, 1.2], [None, 1.0, 2.0])
+    }
+    assert len(rows) == 24
+    for (experts, k, skew, factor), row in rows.items():
+        free = rows[experts, k, skew, None]
+        assert (row.gini, row.max_over_mean) == (free.gini, free.max_over_mean)
+        assert row.network_bytes <= free.network_bytes and row.step_s <= free.step_s
+        if factor is None:
+            assert row.dropped == 0
+            assert skew == 0 or row.gini > rows[experts, k, 0.0, None].gini + 0.2
+            assert skew == 0 or row.step_s > rows[experts, k, 0.0, None].step_s
+        else:
+            assert row.rank_max_over_mean * (1 - row.dropped) <= factor + 0.2
+    assert rows[16, 4, 1.2, 1.0].dropped > rows[16, 4, 1.2, 2.0].dropped > 0
+    assert rows[32, 4, 0.0, None].network_bytes > rows[32, 1, 0.0, None].network_bytes
