@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from moe_workers import dense_float64, error_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ch15_helpers.errors import MoEError
 from ch15_helpers.kernels.moe_fp8 import FP8, quantise_blocks
@@ -16,10 +17,10 @@ from ch15_helpers.moe.experts import (
     experts_loop,
     experts_sorted,
 )
-from ch15_helpers.moe.overlap import run_in_turn, run_one_by_one
+from ch15_helpers.moe.overlap import moe_steps, run_in_turn, run_one_by_one
 from ch15_helpers.moe.overlap_model import PhaseTimes, crossover, overlapped_s, two_batch_gain
-from ch15_helpers.moe.placement import ExpertPlacement
-from ch15_helpers.moe.routing import SyntheticRouter
+from ch15_helpers.moe.placement import ExpertPlacement, SlotChooser
+from ch15_helpers.moe.routing import SyntheticRouter, drop_over_capacity
 from ch15_helpers.moe.wire import WireFormat, dequantise_rows, quantise_rows
 
 
@@ -106,6 +107,78 @@ def test_tables_do_not_grow_with_experts_times_tokens():
         sizes.append(sum(t.numel() for t in vars(copies).values() if t is not None))
     assert sizes[1] - sizes[0] == 64 - 8
     assert sizes[0] <= 512 * 4 * (1 + 1 + 4 + 4) + 8
+
+
+class Largest(TorchDispatchMode):
+    """Most numbers that any operation's result has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("dedup", [True, False])
+def test_no_operation_on_the_way_makes_a_table_of_tokens_and_experts(dedup):
+    tokens, experts, top_k = 256, 2048, 4
+    weights, ids = SyntheticRouter(experts, top_k).route(tokens)
+    homes = [(e, (e + 1) % experts) for e in range(experts)]
+    choose = SlotChooser(ExpertPlacement(experts, tuple(homes)), rank=0)
+    with Largest() as seen:
+        slots = choose(drop_over_capacity(ids, experts, 2))
+        make_copies(slots, weights, 2 * experts // 64, 64, dedup)
+    assert seen.numel <= max(tokens * top_k * top_k, 2 * experts + 1)
+
+
+class FakeParallel:
+    """Notes the order of the phases; results are twice the input."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def start_dispatch(self, x, trip):
+        self.log.append("dispatch")
+        return x
+
+    def compute(self, arrived, dtype):
+        self.log.append("experts")
+        return 2 * arrived
+
+    def start_combine(self, results, trip):
+        self.log.append("combine")
+        return results
+
+    def finish(self, returned, trip, dtype):
+        self.log.append("finish")
+        return returned
+
+
+class FakeShared:
+    def __init__(self, log):
+        self.log = log
+
+    def first(self, x):
+        self.log.append("first")
+        return x
+
+    def second(self, inner):
+        self.log.append("second")
+        return inner
+
+
+def test_the_shared_expert_and_the_other_batch_work_while_tokens_travel():
+    log = []
+    parallel, shared, x = FakeParallel(log), FakeShared(log), torch.ones(2, 3)
+    (out,) = run_in_turn([moe_steps(parallel, x, None, shared)])
+    assert torch.equal(out, 3 * x)
+    assert log == ["dispatch", "first", "experts", "combine", "second", "finish"]
+    log.clear()
+    run_in_turn([moe_steps(parallel, x, None) for _ in range(2)])
+    assert log == ["dispatch"] * 2 + ["experts", "combine"] * 2 + ["finish"] * 2
 
 
 @pytest.mark.parametrize("hidden", [30, 128, 200])
