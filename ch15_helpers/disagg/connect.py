@@ -58,13 +58,13 @@ class Joined:
     Attributes:
         wire: for a BlockTransport.
         barrier: waits until all ranks are there.
-        send, recv: (tensor, peer); plain and blocking, what a transport is measured against.
+        move: (tensors, peer, sending) plainly: all are started, then waited for. What a transport
+            is measured against.
     """
 
     wire: Wire
     barrier: Callable[[], None]
-    send: Callable[[Tensor, int], Any]
-    recv: Callable[[Tensor, int], Any]
+    move: Callable[[Sequence[Tensor], int, bool], None]
 
     def leave(self) -> None:
         """Wait for the others and end the process, without the interpreter's own exit.
@@ -96,8 +96,7 @@ def connect(medium: Medium, place: Place, timeout_s: float = 60.0) -> Joined:
         return Joined(
             wire,
             wire.communicator.Barrier,
-            lambda tensor, peer: wire.communicator.Send(tensor.numpy(), peer),
-            lambda tensor, peer: wire.communicator.Recv(tensor.numpy(), peer),
+            wire.move,
         )
     options: dict[str, Any] = {}
     if medium == "nccl":
@@ -112,7 +111,14 @@ def connect(medium: Medium, place: Place, timeout_s: float = 60.0) -> Joined:
         timeout=timedelta(seconds=timeout_s),
         **options,
     )
-    return Joined(_open(medium, place), dist.barrier, dist.send, dist.recv)
+    return Joined(_open(medium, place), dist.barrier, _move)
+
+
+def _move(tensors: Sequence[Tensor], peer: int, sending: bool) -> None:
+    post = dist.isend if sending else dist.irecv
+    for work in [post(tensor, peer) for tensor in tensors]:
+        if work is not None:  # None: this rank is not in the group
+            work.wait()
 
 
 def _open(medium: Medium, place: Place) -> Wire:

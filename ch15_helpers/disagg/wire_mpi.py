@@ -92,6 +92,11 @@ class MpiWire:
                     request.Cancel()
         self._under_way.clear()
 
+    def move(self, tensors: Sequence[Tensor], peer: int, sending: bool) -> None:
+        """Plain sends or receives, waited for."""
+        post = self.communicator.Isend if sending else self.communicator.Irecv
+        self._mpi.Request.Waitall([post(t.numpy(), peer, _HOST_TAGS) for t in tensors])
+
     def finalise(self) -> None:
         """End MPI in this process; mpirun expects it of every process."""
         self._mpi.Finalize()
