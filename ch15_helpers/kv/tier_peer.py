@@ -8,138 +8,24 @@ peer dies, and the same tokens. Each row has a checksum, which the client keeps.
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import Any
 
 import numpy as np
 import torch
 
 from ch15_helpers.errors import TierError
 from ch15_helpers.kv.keys import BlockKey
-from ch15_helpers.kv.peer_main import (
-    CLIENT,
-    GET,
-    MOST,
-    OPEN,
-    ORDER_LEN,
-    PUT,
-    SERVER,
-    STOP,
-    connect,
-    make_store,
-)
+from ch15_helpers.kv.peer_main import MOST
+from ch15_helpers.kv.peer_process import PeerLost, PeerProcess
 from ch15_helpers.kv.tier_file import Row
 from ch15_helpers.kv.tier_index import Entry, SlotIndex
 
+__all__ = ["PeerLost", "PeerProcess", "PeerProcessTier"]
+
 logger = logging.getLogger(__name__)
-
-
-class PeerLost(Exception):
-    """The other process does not answer any more."""
-
-
-class PeerProcess:
-    """A process that owns memory for one store. Whoever starts it closes it.
-
-    Attributes:
-        process: the child. bytes_sent, bytes_received: payload bytes so far.
-    """
-
-    def __init__(self, timeout_s: float = 10.0) -> None:
-        """Start the process and connect to it (a few seconds: it imports torch).
-
-        Args:
-            timeout_s: an answer that takes longer counts as a lost peer.
-
-        Raises:
-            TierError: it does not start.
-        """
-        self.bytes_sent = self.bytes_received = 0
-        self._lost = False
-        self._talk = threading.Lock()  # an order and its answer belong together
-        start = timedelta(seconds=60)
-        store = make_store(0, master=True)
-        command = [sys.executable, "-m", "ch15_helpers.kv.peer_main", str(store.port)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        try:
-            self._group = connect(store, CLIENT, start)
-        except RuntimeError as error:
-            self.kill()
-            raise TierError(f"the peer process did not answer within {start}: {error}") from error
-        self._store = store  # gloo's addresses are in it
-        self._timeout = timedelta(seconds=timeout_s)
-
-    @property
-    def lost(self) -> bool:
-        """Whether it has failed to answer; it is never asked again then."""
-        return self._lost
-
-    def open(self, num_slots: int, row_bytes: int) -> None:
-        """Have the peer make its memory, zeroed; what it had before is gone. Raises PeerLost."""
-        with self._talk:
-            self._order(OPEN, [], num_slots, row_bytes)
-            self._receive(torch.zeros(1, dtype=torch.int64))
-
-    def put(self, slots: Sequence[int], rows: torch.Tensor) -> None:
-        """Write uint8 rows [n, row bytes] into slots, n at most MOST. Raises PeerLost."""
-        with self._talk:
-            self._order(PUT, slots)
-            self._send(rows)
-            self._receive(torch.zeros(1, dtype=torch.int64))
-        self.bytes_sent += rows.nbytes
-
-    def get(self, slots: Sequence[int], row_bytes: int) -> torch.Tensor:
-        """Rows of some slots, uint8 [n, row bytes]. Raises PeerLost."""
-        rows = torch.empty((len(slots), row_bytes), dtype=torch.uint8)
-        with self._talk:
-            self._order(GET, slots)
-            self._receive(rows)
-        self.bytes_received += rows.nbytes
-        return rows
-
-    def close(self) -> None:
-        """Tell it to end, and see that it does. Closing twice is fine."""
-        if self.process.poll() is None and not self._lost:
-            try:
-                self._order(STOP, [])
-                self.process.wait(timeout=5)
-            except (PeerLost, subprocess.TimeoutExpired):
-                pass
-        self.kill()
-
-    def kill(self) -> None:
-        """End it at once, as a crash would."""
-        self.process.kill()
-        self.process.wait()
-
-    def _order(self, action: int, slots: Sequence[int], num_slots: int = 0, row: int = 0) -> None:
-        order = torch.zeros(ORDER_LEN, dtype=torch.int64)
-        order[:4] = torch.tensor([action, len(slots), num_slots, row])
-        order[4 : 4 + len(slots)] = torch.tensor(slots, dtype=torch.int64)
-        self._send(order)
-
-    def _send(self, tensor: torch.Tensor) -> None:
-        self._finish(self._group.send, tensor)
-
-    def _receive(self, tensor: torch.Tensor) -> None:
-        self._finish(self._group.recv, tensor)
-
-    def _finish(self, start: Callable[..., Any], tensor: torch.Tensor) -> None:
-        if self._lost:
-            raise PeerLost("the peer process was lost before")
-        try:
-            start([tensor], SERVER, 0).wait(self._timeout)
-        except RuntimeError as error:
-            self._lost = True
-            raise PeerLost(str(error)) from error
 
 
 class PeerProcessTier:
