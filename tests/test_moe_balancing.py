@@ -48,6 +48,12 @@ def test_packing_keeps_its_bound(num_bins, size, data):
     assert max(sums) - min(sums) <= max(weights) - min(weights) + slack
 
 
+def test_swaps_mend_what_heaviest_first_leaves():
+    """Heaviest first makes 3 + 2 + 2 and 3 + 2 + 0; trading a 3 for a 2 makes both 6."""
+    weights = [3.0, 3.0, 2.0, 2.0, 2.0, 0.0]
+    assert [sum(weights[i] for i in items) for items in pack(weights, 2)] == [6, 6]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from([(2, 1), (4, 2), (4, 1), (8, 4)]), st.integers(0, 3), st.data())
 def test_balancing_keeps_every_expert_and_is_never_worse(shape, spare, data):

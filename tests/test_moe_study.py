@@ -79,5 +79,7 @@ def test_a_rank_that_fails_is_named_with_what_it_wrote(tmp_path):
     broken = dataclasses.replace(STUDY, versions=(Version("short", slots=((0, 1, 2), (3, 4, 4))),))
     with pytest.raises(MoEError, match=r"rank \d ended with 1 and wrote:(.|\n)*missing \[5\]"):
         launch_study(broken)
+    with pytest.raises(MoEError, match="did not finish in 0 s"):
+        launch_study(STUDY, timeout_s=0.0)
     with pytest.raises(MoEError, match="rank 0 did not answer"):
         read_answers(tmp_path, 1)
