@@ -69,4 +69,4 @@ class TransportError(Ch15Error):
 
 
 class MoEError(Ch15Error, ValueError):
-    """A routing, a placement or a set-up of expert parallelism makes no sense; says which and why."""
+    """A routing, placement or set-up of expert parallelism makes no sense; says which and why."""

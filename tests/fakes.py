@@ -165,9 +165,7 @@ class FakeStore:
     def num_leading(self, keys: Sequence[BlockKey]) -> int:
         return next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys))
 
-    def demote(
-        self, pairs: Sequence[tuple[int, BlockKey]], keep: Sequence[BlockKey] = ()
-    ) -> None:
+    def demote(self, pairs: Sequence[tuple[int, BlockKey]], keep: Sequence[BlockKey] = ()) -> None:
         for block, key in pairs:
             self.blocks[key] = self.cache.pages[block].clone()
             while len(self.blocks) > self.num_blocks:

@@ -101,7 +101,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             Target(
                 "kv_cache_management",
                 "kv_cache_management.ipynb",
-                "contiguous buffers → paged blocks with prefix sharing and cost-aware eviction",
+                "contiguous buffers → paged blocks with prefix sharing and eviction",
                 validator="ch15_helpers.bench.validate_kv:validate_decode_latency",
             ),
             Target(

@@ -234,7 +234,8 @@ def paged_decode(
     page, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
     group = num_heads // num_kv_heads
     rows = max(16, triton.next_power_of_2(group * batch.max_query_len))
-    d_pad = max(16, triton.next_power_of_2(head_dim))
+    # One-byte pages are multiplied in halves, of 16 channels at the least.
+    d_pad = max(16 if k_scale is None else 32, triton.next_power_of_2(head_dim))
     shape = shape or decode_shape(q.dtype, k_cache.dtype, d_pad)
     units = max(1, num_processors(q.device) * shape.per_processor // num_kv_heads)
     parts = (units + batch.num_seqs) * num_kv_heads * rows

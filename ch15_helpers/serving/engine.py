@@ -29,7 +29,7 @@ class StepRecord:
     """One step as it ran: what ``on_step`` gets.
 
     ``schedule_s`` and ``update_s`` are the scheduler's share; the rest of ``end_s - start_s`` is
-    block copies, inputs, forward and sampling.
+    block copies, inputs, forward and sampling. ``has_work``: requests are left after it.
     """
 
     index: int
@@ -41,6 +41,7 @@ class StepRecord:
     num_tokens: int
     num_waiting: int
     num_free_blocks: int
+    has_work: bool
 
 
 class Engine:
@@ -286,6 +287,7 @@ class Engine:
             num_tokens=step.num_tokens,
             num_waiting=self.scheduler.num_waiting,
             num_free_blocks=self.scheduler.blocks.allocator.num_free,
+            has_work=self.scheduler.has_work,
         )
 
     def _queue(self, request: Request) -> str:

@@ -36,9 +36,7 @@ class Store(Protocol):
     def num_leading(self, keys: Sequence[BlockKey]) -> int:
         """How many of the first keys are in some tier."""
 
-    def demote(
-        self, pairs: Sequence[tuple[int, BlockKey]], keep: Sequence[BlockKey] = ()
-    ) -> None:
+    def demote(self, pairs: Sequence[tuple[int, BlockKey]], keep: Sequence[BlockKey] = ()) -> None:
         """Keep the content of device blocks that are about to be overwritten; ``keep`` is about
         to be promoted and must not be given up for it."""
 
