@@ -114,6 +114,56 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "kv_cache_nvlink_pool_multigpu.ipynb",
                 "host offload → peer memory over the device link, at equal local memory",
             ),
+            Target(
+                "disaggregated_inference",
+                "disaggregated_inference.ipynb",
+                "prefill and decode in one pool → two pools with a KV handoff, on one device",
+            ),
+            Target(
+                "prefill_decode_disagg",
+                "prefill_decode_disagg.ipynb",
+                "handoff after the whole prompt → layer by layer, under the prefill's compute",
+                ranks=2,
+            ),
+            Target(
+                "disaggregated_inference_multigpu",
+                "disaggregated_inference_multigpu.ipynb",
+                "prefill and decode ranks → speculation on the decode side, over a network",
+                ranks=2,
+            ),
+            Target(
+                "inference_placement",
+                "inference_placement.ipynb",
+                "even split of the devices → a costed search over parallelism and pools",
+            ),
+            Target(
+                "speculative_decoding",
+                "speculative_decoding.ipynb",
+                "one token a step → drafts verified in one step, with adaptive length",
+            ),
+            Target(
+                "moe_inference",
+                "moe_inference.ipynb",
+                "a loop over experts → sorted dispatch and grouped GEMM",
+            ),
+            Target(
+                "moe_overlap",
+                "moe_overlap.ipynb",
+                "dispatch, experts, combine in turn → shared expert and batches overlapped",
+                ranks=2,
+            ),
+            Target(
+                "wide_ep",
+                "wide_ep.ipynb",
+                "one copy of a token for each expert → deduplicated, packed, FP8 dispatch",
+                ranks=4,
+            ),
+            Target(
+                "moe_routing_topology_aware",
+                "moe_routing_topology_aware.ipynb",
+                "flat all-to-all → hierarchical dispatch and topology-aware placement",
+                ranks=4,
+            ),
         )
     }
 )
