@@ -1,0 +1,142 @@
+"""The two stages of an engine that disaggregation replaces, and nothing else.
+
+On the prefill side the runner says when a layer's keys and values are there, so that they can leave
+while the next layer is computed (Splitwise, Patel et al., ISCA 2024). On the decode side the
+scheduler reserves blocks for a prompt that is computed elsewhere, and lets the request decode once
+they are filled (DistServe, Zhong et al., OSDI 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.serving.engine import Engine
+from ch15_helpers.serving.request import Request, RequestStatus
+from ch15_helpers.serving.runner import ModelRunner
+from ch15_helpers.serving.scheduler import Scheduler
+from ch15_helpers.serving.step import Step
+
+LayerDone = Callable[[Step, int], None]
+"""Called with the step and the index of a layer whose keys and values are in the pages."""
+
+
+class LayerwiseRunner(ModelRunner):
+    """A ModelRunner that reports layers.
+
+    Attributes:
+        on_layer: called during a step, after each layer; None for nobody.
+    """
+
+    on_layer: LayerDone | None = None
+    _step: Step | None = None
+
+    def run(self, step: Step) -> list[int]:
+        """As ``ModelRunner.run``; the step is reported with each of its layers."""
+        self._step = step
+        try:
+            return super().run(step)
+        finally:
+            self._step = None
+
+    def _execute(self, token_ids: Tensor, positions: Tensor, batch: BatchMetadata) -> Tensor:
+        step, report = self._step, self.on_layer
+        if step is None or report is None:  # warming up, or nobody listens
+            return super()._execute(token_ids, positions, batch)
+        return self.model.forward(
+            token_ids,
+            positions,
+            self.cache.pages,
+            batch,
+            attention_backend=self.attention_backend,
+            on_layer_done=lambda layer: report(step, layer),
+            kv_scales=self.cache.scales,
+        )
+
+
+class PrefillEngine(Engine):
+    """Computes prompts and their first token; ask for ``max_tokens=1``.
+
+    A prompt's blocks are freed when its step is over, so they must have been sent by then.
+    """
+
+    runner_type = LayerwiseRunner
+    runner: LayerwiseRunner
+
+
+class DecodeScheduler(Scheduler):
+    """Takes in requests whose prompts are computed elsewhere. Its pool has no prefix cache."""
+
+    @property
+    def has_runnable(self) -> bool:
+        """Whether a step would do anything: requests other than those whose KV is on its way."""
+        return self.num_waiting > 0 or self.num_running > self.num_loading
+
+    def can_reserve(self, request: Request) -> bool:
+        """Whether there are a slot and blocks for the request's prompt now (back-pressure)."""
+        needed = self.blocks.blocks_for(request.num_prompt_tokens + 1)
+        reserve = self._watermark_blocks if self.num_running else 0
+        free = self.blocks.allocator.num_free
+        return self.num_running < self._max_running and needed + reserve <= free
+
+    def reserve(self, request: Request) -> int:
+        """Give a request its blocks; it waits, LOADING, until ``arrive`` or ``withdraw``.
+
+        Returns:
+            The ticket for these two.
+
+        Raises:
+            InvalidRequestError: its id is in use.
+            OutOfBlocks: ``can_reserve`` was not asked.
+        """
+        self._register(request)
+        name, tokens = request.request_id, request.num_prompt_tokens
+        self.blocks.ensure(name, tokens, tokens)
+        request.slot = self.blocks.row(name)
+        request.status = RequestStatus.LOADING
+        ticket = self._num_tickets
+        self._num_tickets += 1
+        self._loading[ticket] = request
+        return ticket
+
+    def arrive(self, ticket: int, first_token: int, now_s: float) -> list[Request]:
+        """The blocks are filled, and the prefill's first token is known: go on decoding.
+
+        Args:
+            now_s: when the first token was ready.
+
+        Returns:
+            The request, if that token ended it.
+        """
+        request = self._loading.pop(ticket)
+        self._disturbed = True
+        if request is None:  # aborted meanwhile
+            self.blocks.free(ticket)
+            return []
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = request.num_prompt_tokens
+        request.output_token_ids.append(first_token)
+        request.token_times_s.append(now_s)
+        if self._ends_or_grows(request):
+            return [request]
+        self._decoding = [*self._decoding, request]
+        return []
+
+    def withdraw(self, ticket: int, error: str) -> list[Request]:
+        """The blocks will not be filled: end the request with an error, and return it."""
+        request = self._loading.pop(ticket)
+        self._disturbed = True
+        if request is None:
+            self.blocks.free(ticket)
+            return []
+        self._finish(request, "error", error)
+        return [request]
+
+
+class DecodeEngine(Engine):
+    """An Engine whose scheduler takes in what a prefill side has computed."""
+
+    scheduler_type = DecodeScheduler
+    scheduler: DecodeScheduler
