@@ -136,7 +136,25 @@ class DecodeScheduler(Scheduler):
 
 
 class DecodeEngine(Engine):
-    """An Engine whose scheduler takes in what a prefill side has computed."""
+    """An Engine that takes in what a prefill side has computed.
+
+    Requests that end here without a step of their own come out of the next ``step``.
+    """
 
     scheduler_type = DecodeScheduler
     scheduler: DecodeScheduler
+
+    def reserve(self, request: Request) -> int | None:
+        """A ticket, as of ``DecodeScheduler.reserve``; None refuses one that can never fit."""
+        if self.scheduler.residency.why_never(request) is None:
+            return self.scheduler.reserve(request)
+        self._queue(request)
+        return None
+
+    def arrive(self, ticket: int, first_token: int, now_s: float) -> None:
+        """See ``DecodeScheduler.arrive``."""
+        self._ended += self.scheduler.arrive(ticket, first_token, now_s)
+
+    def withdraw(self, ticket: int, error: str) -> None:
+        """See ``DecodeScheduler.withdraw``."""
+        self._ended += self.scheduler.withdraw(ticket, error)
