@@ -17,6 +17,7 @@ from nbformat import v4
 from typer.testing import CliRunner
 
 from ch15_helpers.bench import targets
+from ch15_helpers.bench.nsight import METRICS
 from ch15_helpers.bench.results import MIME_TYPE
 from ch15_helpers.bench.targets import Target, Validation
 from ch15_helpers.cli import app
@@ -348,7 +349,8 @@ def test_a_chapter_that_profiles_nothing_is_a_failure(book: Book) -> None:
 
 
 FAKE_TOOL = """#!/bin/sh
-echo "$@" > "{log}"
+echo "$@" >> "{log}"
+if [ "$1" = --import ]; then cat "{log}.csv"; exit; fi
 for word in "$@"; do
   case "$word" in
     --export=*) report="${{word#--export=}}.ncu-rep";;
@@ -376,6 +378,9 @@ def test_deep_dive_wraps_the_notebook_and_says_what_is_not_installed(
 ) -> None:
     book.chapter("alpha")
     log = fake_tool(book.root / "bin", "ncu", 'touch "$report"')
+    header = ",".join(f'"{name}"' for name in ("ID", "Kernel Name", *METRICS.values()))
+    rows = '"","","ns","%","%"\n"0","attend(int)","5,000","91.0","20.0"\n'
+    log.with_suffix(".args.csv").write_text(f"{header}\n{rows}")
     monkeypatch.setenv("PATH", f"{book.root / 'bin'}:/usr/bin:/bin")
     done = book.ch15(
         "run", "--targets", "ch15:alpha", "--profile", "deep_dive",
@@ -390,6 +395,7 @@ def test_deep_dive_wraps_the_notebook_and_says_what_is_not_installed(
     # The wrapped run is another execution; the recorded times are from the one without Nsight.
     assert 'profile = \\"minimal\\"' in (book.run_dir / "alpha.ipynb").read_text()
     assert str(profiles / "nsight_compute.ncu-rep") in done.output
+    assert "attend: 1 launches of 5.0 µs, DRAM at 91%" in done.output
     assert "nsys is not on PATH" in done.output
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ch15_helpers.bench import expectations, notebooks, profiling, results
+from ch15_helpers.bench import expectations, notebooks, nsight, profiling, results
 from ch15_helpers.bench.paths import book_dir, expectations_dir, runs_dir
 from ch15_helpers.bench.runs import Outcome, Run, RunOptions, commit_id, judged, save_run
 from ch15_helpers.bench.schema import SchemaError, TargetResult
@@ -132,7 +132,18 @@ def _profile_outcome(
             problems.append(problem)
         else:
             notes.append(f"profile: {tool.report}")
+            notes += _kernel_notes(tool)
     return "; ".join(problems) or None, notes + missing
+
+
+def _kernel_notes(tool: profiling.Tool) -> list[str]:
+    """What Nsight Compute measured of the kernels that took most time."""
+    if tool.name != "ncu":
+        return []
+    try:
+        return nsight.describe(nsight.kernel_figures(tool.report))
+    except Ch15Error as error:
+        return [str(error)]
 
 
 def _run_under(

@@ -8,7 +8,9 @@ NVTX range that the harness tells Nsight Systems and Nsight Compute to look at.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +121,20 @@ def deep_dive_tools(out_dir: Path, replay_mode: str = "kernel") -> tuple[list[To
 
 
 @contextlib.contextmanager
+def without_profiler_log() -> Iterator[None]:
+    """Keep the lines that torch's profiler library writes to file descriptor 2 to itself."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextlib.contextmanager
 def _torch_profile(name: str, out_dir: Path) -> Iterator[None]:
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -126,7 +142,7 @@ def _torch_profile(name: str, out_dir: Path) -> Iterator[None]:
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, record_shapes=True) as recording:
+    with without_profiler_log(), profile(activities=activities, record_shapes=True) as recording:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
