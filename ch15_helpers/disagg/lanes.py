@@ -25,7 +25,7 @@ class Lanes:
     """
 
     def __init__(self, wire: Wire) -> None:
-        self._wire, self._window, self._in_order = wire, wire.window, wire.in_order
+        self._wire, self._in_order = wire, wire.in_order
         self._queues: dict[Lane, deque[Batch]] = {}
         self._under_way: dict[WireMessage, Batch] = {}
         self._free: dict[int, list[Tensor]] = {}
@@ -43,7 +43,7 @@ class Lanes:
         started = []
         for lane in [lane for lane, queue in self._queues.items() if queue]:
             queue = self._queues[lane]
-            for _ in range(min(len(queue), self._window - count[lane])):
+            for _ in range(min(len(queue), self._wire.window - count[lane])):
                 batch = queue.popleft()
                 message = self._message(batch)
                 self._under_way[message] = batch

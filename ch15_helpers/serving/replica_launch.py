@@ -20,9 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from ch15_helpers.errors import ReplicaError
 from ch15_helpers.serving.channel import Channel, Message
@@ -40,6 +40,7 @@ class Link:
         rank: number of the replica. pid: of the engine's process.
         channel: to the engine.
         device: where it runs. num_blocks: size of its KV pool.
+        address: where other replicas reach it; empty where they do not.
         heard_s: when it was last heard of, on ``time.monotonic``.
         gone: why it is gone for good; None while it is connected.
     """
@@ -49,14 +50,30 @@ class Link:
     channel: Channel
     device: str = ""
     num_blocks: int = 0
+    address: str = ""
     heard_s: float = 0.0
     gone: str | None = None
+
+
+class Starter(Protocol):
+    """What is asked of the process, or group of processes, that ranks run in; a Popen has it."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 class Launched:
     """Replica processes that this process started, connected and loaded."""
 
-    def __init__(self, links: Sequence[Link], process: subprocess.Popen[bytes], log: IO[bytes]):
+    def __init__(self, links: Sequence[Link], process: Starter, log: IO[bytes]):
         self.links = list(links)
         self._process = process
         self._log = log
@@ -95,18 +112,9 @@ def launch_replicas(
     """
     if num_replicas < 1:
         raise ReplicaError(f"num_replicas is {num_replicas}; there must be at least one")
-    token = secrets.token_hex(16)
-    log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by Launched
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        host, port = listener.getsockname()[:2]
-        threads = threads or max(1, (os.cpu_count() or 1) // num_replicas)
-        environment = {
-            **os.environ,
-            ADDRESS_VARIABLE: f"{host}:{port}",
-            TOKEN_VARIABLE: token,
-            "OMP_NUM_THREADS": str(threads),
-        }
-        process = subprocess.Popen(
+
+    def start(environment: Mapping[str, str], log: IO[bytes]) -> Starter:
+        return subprocess.Popen(
             torchrun_command(spec, num_replicas),
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -114,9 +122,38 @@ def launch_replicas(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+    return launch_ranks(start, num_replicas, timeout_s=timeout_s, threads=threads)
+
+
+def launch_ranks(
+    start: Callable[[Mapping[str, str], IO[bytes]], Starter],
+    num_ranks: int,
+    *,
+    timeout_s: float,
+    threads: int | None,
+) -> Launched:
+    """Start ranks that connect to this process, and wait until all are ready.
+
+    Args:
+        start: gets the environment, which says how to connect, and the file for the outputs.
+        timeout_s, threads, errors: see ``launch_replicas``.
+    """
+    token = secrets.token_hex(16)
+    log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by Launched
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()[:2]
+        threads = threads or max(1, (os.cpu_count() or 1) // num_ranks)
+        environment = {
+            **os.environ,
+            ADDRESS_VARIABLE: f"{host}:{port}",
+            TOKEN_VARIABLE: token,
+            "OMP_NUM_THREADS": str(threads),
+        }
+        process = start(environment, log)
         links: list[Link] = []
         try:
-            accept_replicas(listener, num_replicas, token, links, timeout_s, process)
+            accept_replicas(listener, num_ranks, token, links, timeout_s, process)
         except BaseException as error:
             for link in links:
                 _kill(link.pid)
@@ -144,7 +181,7 @@ def accept_replicas(
     token: str,
     links: list[Link],
     timeout_s: float,
-    process: subprocess.Popen[bytes] | None = None,
+    process: Starter | None = None,
 ) -> None:
     """Wait until each rank has connected and is ready; ``links`` gets them in order of rank.
 
@@ -162,7 +199,8 @@ def accept_replicas(
             ready = sum(bool(link.device) for link in links)
             raise ReplicaError(f"{ready} of {num_replicas} replicas were ready in {timeout_s:g} s")
         if process is not None and process.poll() is not None:
-            raise ReplicaError(f"torchrun ended with status {process.returncode} while starting")
+            status = process.returncode
+            raise ReplicaError(f"the processes ended with status {status} while starting")
         waiting: list[Any] = [listener, *strangers, *(link.channel for link in links)]
         readable = select.select(waiting, [], [], 0.2)[0]
         if listener in readable:
@@ -182,6 +220,7 @@ def _note(link: Link, messages: Sequence[Message]) -> None:
             raise ReplicaError(f"replica {link.rank} could not start: {message['error']}")
         if message["op"] == "ready":
             link.device, link.num_blocks = message["device"], message["num_blocks"]
+            link.address = message.get("address", "")
 
 
 def _hear(link: Link) -> None:
@@ -222,8 +261,8 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Have torchrun end its ranks; after a while, end it."""
+def _end(process: Starter) -> None:
+    """Have the processes end (torchrun: its ranks, too); after a while, kill them."""
     if process.poll() is None:
         process.terminate()
         try:

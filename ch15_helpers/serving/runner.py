@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -24,7 +25,8 @@ class ModelRunner:
 
     ``_execute`` (token ids, positions, metadata in; float32 logits out) is the seam for running
     the same step another way. Attributes: ``graphs``, captured decode steps, or None;
-    ``offload``, the tiers below the device pool, or None.
+    ``offload``, the tiers below the device pool, or None; ``on_layer_done``, called with each
+    layer's index once its K and V are in the pages (not by captured steps), or None.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class ModelRunner:
         self.host_cache = host_cache
         self.attention_backend = attention_backend
         self.offload: Offload | None = None
+        self.on_layer_done: Callable[[int], None] | None = None
         self._blocks = blocks
         self._builder = BatchBuilder(cache.block_size)
         self._uploader = Uploader(cache.device)
@@ -102,6 +105,7 @@ class ModelRunner:
             self.cache.pages,
             batch,
             attention_backend=self.attention_backend,
+            on_layer_done=self.on_layer_done,
             kv_scales=self.cache.scales,
         )
 

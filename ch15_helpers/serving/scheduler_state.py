@@ -27,6 +27,7 @@ class SchedulerState:
         self.blocks = self.residency.blocks
         self.host_blocks = self.residency.host_blocks
         self.num_preemptions = 0
+        self.num_guests = 0  # tables in the pool that belong to no request of this scheduler
         self._watermark_blocks = math.ceil(config.watermark * config.num_blocks)
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []  # by rank, then order of arrival
@@ -85,7 +86,8 @@ class SchedulerState:
         assert {*running, *waiting} == set(self._requests.values()), "a request is lost"
         assert len(running) + len(waiting) == len(self._requests), "a request is queued twice"
         ended = len(self._loading) - len(loading)
-        assert self.blocks.num_seqs == len(running) + ended, "a table without a running request"
+        others = ended + self.num_guests
+        assert self.blocks.num_seqs == len(running) + others, "a table without a running request"
         assert len(running) <= self.config.max_num_seqs, "more than max_num_seqs run"
         assert len(running) <= self.config.max_num_batched_tokens, "decodes may exceed the budget"
         places = [_place(request) for request in waiting]
