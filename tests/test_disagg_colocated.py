@@ -9,8 +9,11 @@ from typing import Any, get_args
 import pytest
 
 from ch15_helpers import Engine, EngineConfig, SamplingParams
+from ch15_helpers.disagg.clock import VirtualClock
 from ch15_helpers.disagg.colocated import SplitPools
+from ch15_helpers.disagg.fabric import Fabric, FabricWire
 from ch15_helpers.disagg.faults import Fault, FaultyWire
+from ch15_helpers.disagg.link import LinkModel
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.engine import StepRecord
 
@@ -139,6 +142,21 @@ def test_times_are_on_the_clock_that_was_given(tiny: Transformer) -> None:
     assert len(metrics.itl_s) == 9
     handover = pools.handovers[0]
     assert handover.orchestration_s >= 1 and handover.transfer_s >= handover.place_s >= 1
+
+
+def test_a_modelled_network_is_the_only_time_on_a_virtual_clock(
+    tiny: Transformer, monolithic: list[list[int]]
+) -> None:
+    clock, link = VirtualClock(), LinkModel(latency_s=1e-3, bandwidth_GBps=0.01)
+    fabric = Fabric(link, clock)
+    pools = split(tiny, clock=clock, wrap=lambda wire: FabricWire(wire, fabric))
+    (output,) = pools.generate(PROMPTS[:1], GREEDY)
+    handover = pools.handovers[0]
+    expected_s = handover.num_transfers * 1e-3 + handover.num_bytes / 1e7
+    assert output.token_ids == monolithic[0]
+    assert handover.transfer_s == pytest.approx(expected_s)
+    assert output.metrics.ttft_s == pytest.approx(expected_s)
+    assert handover.orchestration_s == handover.wait_s == 0
 
 
 def test_pools_that_do_not_fit_together_are_errors(tiny: Transformer) -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ch15_helpers.disagg.clock import Clock
+from ch15_helpers.disagg.clock import Clock, VirtualClock
 from ch15_helpers.disagg.pool import Part, RegisteredPool, refs_of
 from ch15_helpers.disagg.recompute import recompute_blocks
 from ch15_helpers.disagg.stages import DecodeEngine, PrefillEngine
@@ -112,7 +112,8 @@ class SplitPools:
             slice_layers: blocks leave after each so many layers; None: after the last one.
             decode_between: let the decode engine take a step after each slice.
             verify: check what arrives, and compute again what is not intact.
-            wrap: puts something around the sender's wire, such as a FaultyWire.
+            wrap: puts something around both wires: a FaultyWire, or the FabricWire of one fabric.
+            clock: a VirtualClock counts the modelled network alone; computing takes no time on it.
             on_step: called after each step of the decode engine.
 
         Raises:
@@ -135,10 +136,9 @@ class SplitPools:
         self._ended: list[RequestOutput] = []  # of decode steps within a prompt
         self._num_requests = 0
         hub = LocalHub(2, model.device)
-        ends: list[Wire] = [hub.wire(_PREFILL), hub.wire(_DECODE)]
-        if wrap is not None:
-            ends[_PREFILL] = wrap(ends[_PREFILL])
-        self._ends = [BlockTransport(end, clock=clock, verify=verify) for end in ends]
+        wires: list[Wire] = [hub.wire(_PREFILL), hub.wire(_DECODE)]
+        wires = wires if wrap is None else [wrap(wire) for wire in wires]
+        self._ends = [BlockTransport(wire, clock=clock, verify=verify) for wire in wires]
         pools = [RegisteredPool(engine.cache) for engine in (self.prefill, self.decode)]
         for end, pool in zip(self._ends, pools, strict=True):
             end.register(pool)
@@ -158,7 +158,7 @@ class SplitPools:
         request_id: str | None = None,
         arrival_s: float | None = None,
     ) -> str:
-        """Queue one request; returns its id. Arguments and errors as for ``Engine``."""
+        """Queue one request; returns its id. As for ``Engine``."""
         tokens = encode(self.model, prompt, "the prompt")
         number, params = self._num_requests, params or SamplingParams()
         self._num_requests += 1
@@ -272,8 +272,7 @@ class SplitPools:
         prefill, decode = self._ends
         receive = decode.receive(theirs, source=_PREFILL, channel=channel, part=part)
         send = prefill.send(ours, to=_DECODE, channel=channel, part=part)
-        decode.wait(receive)
-        prefill.wait(send)
+        self._settle(send, receive)
         ended_s = self.clock()
         prompt.num_sent = layer + 1
         prompt.bad.update(receive.to_recompute)
@@ -281,6 +280,18 @@ class SplitPools:
         prompt.handover.count(send, receive)
         prompt.handover.orchestration_s += started_s - began_s
         prompt.handover.transfer_s += ended_s - started_s
+
+    def _settle(self, *transfers: Transfer) -> None:
+        """Let both ends make progress: each may need what the other has still to start."""
+        while True:
+            for end in self._ends:
+                end.poll()
+            if all(transfer.done for transfer in transfers):
+                return
+            if isinstance(self.clock, VirtualClock):
+                events = [end.wire.next_event_s() for end in self._ends]
+                due = [s for s in events if s is not None] or [t.deadline_s for t in transfers]
+                self.clock.advance_to(min(due))
 
     def _after_decode(self, record: StepRecord) -> None:
         if self._arriving:
