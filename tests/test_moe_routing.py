@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from ch15_helpers.bench.roofline import expected_experts_touched
 from ch15_helpers.errors import MoEError
 from ch15_helpers.kernels.moe_route import route_topk
 from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
-from ch15_helpers.moe.load import load_statistics
+from ch15_helpers.moe.load import (
+    expected_touched,
+    inclusion_probabilities,
+    load_statistics,
+    zipf_popularity,
+)
 from ch15_helpers.moe.placement import ExpertPlacement, SlotChooser
 from ch15_helpers.moe.routing import (
     SyntheticRouter,
@@ -215,6 +221,25 @@ def test_synthetic_routing_follows_its_popularity_and_its_seed():
     uniform = expert_counts(SyntheticRouter(16, 4, seed=0).route(10_000)[1], 16)
     assert load_statistics(uniform.tolist()).max_over_mean < 1.05
     assert SyntheticRouter(8, 2).route(0)[1].shape == (0, 2)
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.6, 1.2])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 8), (128, 8)])
+def test_touched_experts_are_as_expected(num_experts, top_k, skew):
+    popularity = zipf_popularity(num_experts, skew)
+    router = SyntheticRouter(num_experts, top_k, skew=skew, seed=3)
+    assert np.allclose(np.sort(router.popularity)[::-1], popularity)
+    assert inclusion_probabilities(popularity, top_k).sum() == pytest.approx(top_k)
+    for tokens in (1, 4, 32):
+        batches = [router.route(tokens)[1] for _ in range(300)]
+        seen = np.mean([len(torch.unique(experts)) for experts in batches])
+        assert expected_touched(popularity, top_k, tokens) == pytest.approx(seen, rel=0.04)
+        if skew == 0:
+            uniform = expected_experts_touched(num_experts, top_k, tokens)
+            assert expected_touched(popularity, top_k, tokens) == pytest.approx(uniform, rel=1e-9)
+    assert expected_touched(popularity, num_experts, 1) == pytest.approx(num_experts, rel=1e-6)
+    with pytest.raises(MoEError, match="not between"):
+        expected_touched(popularity, num_experts + 1, 1)
 
 
 def test_drift_moves_the_hot_experts_and_keeps_the_skew():

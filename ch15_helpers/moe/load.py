@@ -1,4 +1,7 @@
-"""How uneven a load is: Gini coefficient, maximum over mean, and what a capacity would drop."""
+"""How uneven a load is: Gini coefficient, maximum over mean, and what a capacity would drop.
+
+And how many experts a batch touches, which is what a small batch pays for.
+"""
 
 from __future__ import annotations
 
@@ -49,3 +52,40 @@ def load_statistics(counts: Sequence[float] | np.ndarray) -> LoadStatistics:
     places = np.arange(1, size + 1)
     gini = 2 * float((places * loads).sum()) / (size * total) - (size + 1) / size
     return LoadStatistics(values, gini, float(loads[-1]) * size / total, idle)
+
+
+def zipf_popularity(num_experts: int, skew: float) -> np.ndarray:
+    """Shares in proportion to ``1 / (i + 1) ** skew``, float64 [num_experts]; 0 is uniform."""
+    shares = np.arange(1, num_experts + 1, dtype=np.float64) ** -skew
+    return np.asarray(shares / shares.sum())
+
+
+def inclusion_probabilities(popularity: np.ndarray, top_k: int) -> np.ndarray:
+    """Probability that a token's ``top_k`` distinct experts include each of them.
+
+    Experts are drawn one after another in proportion to ``popularity``, without repetition, as
+    ``SyntheticRouter`` draws them. Rosén's limit (1972): ``1 - exp(-rate * popularity)``, with the
+    rate at which they add up to ``top_k``. Exact for a uniform popularity, else within a few
+    per cent.
+
+    Raises:
+        MoEError: ``top_k`` is not between 1 and the number of experts with any popularity.
+    """
+    possible = int((popularity > 0).sum())
+    if not 1 <= top_k <= possible:
+        raise MoEError(f"top_k {top_k} is not between 1 and the {possible} experts to choose from")
+    low, high = -10.0, 40.0  # of the rate's logarithm
+    for _ in range(60):
+        middle = (low + high) / 2
+        total = float((1 - np.exp(-np.exp(middle) * popularity)).sum())
+        low, high = (middle, high) if total < top_k else (low, middle)
+    return np.asarray(1 - np.exp(-np.exp((low + high) / 2) * popularity))
+
+
+def expected_touched(popularity: np.ndarray, top_k: int, num_tokens: int) -> float:
+    """Distinct experts that a batch of independent tokens needs, expected.
+
+    With a uniform popularity it equals ``bench.roofline.expected_experts_touched``.
+    """
+    absent = (1 - inclusion_probabilities(popularity, top_k)) ** num_tokens
+    return float((1 - absent).sum())
