@@ -89,7 +89,7 @@ class Case:
         hidden, inner = options.pop("dims", (40 + 8 * (seed % 3), 24))
         sizes = torch.randint(0, 40, (world,), generator=generator).tolist()
         self.sizes = options.pop("sizes", sizes)
-        one_expert = options.pop("one_expert", None)
+        one_expert, ties = options.pop("one_expert", None), options.pop("ties", False)
         self.placement = options.pop("placement", None) or self.placed(options.pop("spare", 0))
         self.dtype = options.pop("dtype", torch.float32)
         self.config = ExpertParallelConfig(**options)
@@ -108,6 +108,9 @@ class Case:
             weights, experts = router.route(size)
             if one_expert is not None:
                 experts = torch.full_like(experts, one_expert)
+            if ties:  # two levels of logits: most experts tie with others
+                logits = torch.randint(0, 2, (size, self.num_experts), generator=generator)
+                weights, experts = route_topk(logits.float(), self.top_k, True)
             self.batches.append((normal(size, hidden), weights, experts))
 
     def placed(self, spare: int) -> ExpertPlacement:
@@ -161,6 +164,9 @@ def random_cases(rank: int, world: int) -> list[dict[str, Any]]:
     modes += [{"sizes": [0] * (world - 1) + [9]}, {"sizes": [0] * world}]
     modes += [{"one_expert": 3, "top_k": 1}, {"one_expert": 3, "top_k": 1, "ranks_per_node": 1}]
     modes += [{"num_experts": world, "top_k": world}, {"num_experts": 2 * world - 1, "top_k": 2}]
+    modes += [{"ties": True, "top_k": 3}, {"ties": True, "ranks_per_node": 1, "top_k": 3}]
+    modes += [{"num_experts": 9 * world, "sizes": [1] * world, "ranks_per_node": n} for n in groups]
+    modes += [{"one_expert": 0, "top_k": 1, "ranks_per_node": n, "spare": 1} for n in groups]
     for seed, mode in enumerate(modes * 2):
         case = Case(rank, world, seed, **mode)
         layer = case.layer(groups.get(case.config.ranks_per_node))
@@ -202,7 +208,8 @@ def special_cases(rank: int, world: int) -> dict[str, Any]:
     none = Case(rank, world, 5, sizes=[0] * (world - 1) + [3], fp8_dispatch=True, ranks_per_node=2)
     found["fp8 none"] = error_of(none.layer(groups)(*none.batches[rank]), none.expected())
     found["bf16"] = error_of(case.layer()(*case.batches[rank]), case.expected())
-    found["capacity"] = capacity_case(rank, world)
+    ways: list[dict[str, Any]] = [{}, {"ranks_per_node": 2}, {"deduplicate": False}]
+    found["capacity"] = [capacity_case(rank, world, groups, **way) for way in ways]
     found["nan"] = nan_case(rank, world, groups)
     found["overlap"] = overlap_cases(rank, world, groups)
     found["rebalance"] = rebalance_case(rank, world, groups)
@@ -210,10 +217,13 @@ def special_cases(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
-def capacity_case(rank: int, world: int) -> tuple[float, int, int, bool]:
+def capacity_case(
+    rank: int, world: int, groups: NodeGroups, **options: Any
+) -> tuple[float, int, int, bool]:
     """Error against the dense reference without the dropped pairs; dropped, expected, links."""
-    case = Case(rank, world, 6, capacity_factor=0.8, sizes=[30 + r for r in range(world)])
-    layer = case.layer()
+    sizes = [30 + r for r in range(world)]
+    case = Case(rank, world, 6, capacity_factor=0.8, sizes=sizes, **options)
+    layer = case.layer(groups)
     x, weights, experts = case.batches[rank]
     capacity = expert_capacity(len(x), case.top_k, case.num_experts, 0.8)
     kept = drop_over_capacity(experts, case.num_experts, capacity)

@@ -9,9 +9,20 @@ import pytest
 import torch
 
 from ch15_helpers.errors import MoEError
+from ch15_helpers.moe.drift_study import DriftStudy
 from ch15_helpers.moe.expert_parallel import ExpertParallelConfig
-from ch15_helpers.moe.launch import launch_study, read_answers
+from ch15_helpers.moe.launch import (
+    drift_rows,
+    launch_studies,
+    launch_study,
+    layer_rows,
+    model_rows,
+    read_answers,
+)
+from ch15_helpers.moe.model_study import ModelStudy, ModelVersion
+from ch15_helpers.moe.modelled_link import ModelledLink
 from ch15_helpers.moe.placement import ExpertPlacement
+from ch15_helpers.moe.rebalance import serve_under_drift
 from ch15_helpers.moe.study import LayerStudy, Version
 from ch15_helpers.moe.traffic import count_links
 
@@ -83,3 +94,70 @@ def test_a_rank_that_fails_is_named_with_what_it_wrote(tmp_path):
         launch_study(STUDY, timeout_s=0.0)
     with pytest.raises(MoEError, match="rank 0 did not answer"):
         read_answers(tmp_path, 1)
+
+
+def test_three_studies_on_one_start_of_the_processes():
+    slow = (1e-3, 0.05)
+    layer = dataclasses.replace(
+        STUDY,
+        tokens=((64, 64),),
+        versions=(
+            Version("plain"),
+            Version("bare", bare=True),
+            Version("held", link=slow),
+            Version("shifted", shift=True),
+        ),
+    )
+    model = ModelStudy(
+        num_ranks=2, source="random:TINY_MOE", prompts=2, length=9, new_tokens=4, iterations=1,
+        versions=(
+            ModelVersion("plain"), ModelVersion("two", 2, overlap=True, link=(1e-3, 1.0)),
+            ModelVersion("shifted", shift=True),
+        ),
+    )  # fmt: skip
+    drift = DriftStudy(
+        num_ranks=2, num_experts=8, top_k=2, hidden=32, inner=16, slots_per_rank=6, tokens=200,
+        num_batches=12, interval=4, window=4, skew=1.2, shift_at=6,
+    )  # fmt: skip
+    parts = launch_studies([layer, model, drift])
+    plain, bare, held, shifted = layer_rows(parts[0])
+    assert bare.links == plain.links == held.links
+    assert max(plain.error, held.error) < 1e-6 < 0.1 < shifted.error
+    # Three messages at least, each with its latency; the larger ones with their bytes.
+    away = [sum(n for link, n in held.links.items() if link[1] == rank) for rank in range(2)]
+    assert min(held.samples_s) > 3 * slow[0] + min(away) / 2 / (slow[1] * 1e9)
+    same = {row.version: row.same_tokens for row in model_rows(parts[1])}
+    assert same == {"plain": True, "two": True, "shifted": False}
+    fixed, moved = drift_rows(parts[2])
+    assert (fixed.stalls_s, fixed.moved_bytes, len(moved.stalls_s)) == ((), 0, 2)
+    assert moved.moved_bytes % (3 * 32 * 16 * 4) == 0 < moved.moved_bytes
+    assert max(fixed.error, moved.error) < 1e-6
+    modelled = serve_under_drift(
+        drift.counts(), 2, 6, interval=4, window=4, s_per_pair=1e-6, bytes_per_expert=6144,
+        port_GBps=1.0,
+    )  # fmt: skip
+    assert modelled.max_over_mean == pytest.approx(moved.max_over_mean)
+    assert modelled.moved_bytes == moved.moved_bytes
+    assert sum(moved.max_over_mean) < sum(fixed.max_over_mean)
+
+
+def test_what_studies_cannot_do_is_refused():
+    for study in (ModelStudy(2, "m", (ModelVersion("a", link=(0.1, 2.0)),)),
+                  DriftStudy(2, 8, 2, 32, 16, 5, 10, 4, 2, 2)):  # fmt: skip
+        assert type(study).from_dict(json.loads(json.dumps(study.to_dict()))) == study
+    with pytest.raises(MoEError, match="one level"):
+        Version("a", ExpertParallelConfig(ranks_per_node=1), bare=True)
+    with pytest.raises(MoEError, match="holds up the host"):
+        dataclasses.replace(STUDY, device="cuda", versions=(Version("a", link=(0.0, 1.0)),))
+    with pytest.raises(MoEError, match="one of each"):
+        launch_studies([STUDY, dataclasses.replace(STUDY, device="cuda")])
+    with pytest.raises(MoEError, match="between 1 and 4"):
+        ModelStudy(2, "m", (ModelVersion("a", batches=5),))
+    with pytest.raises(MoEError, match="positive rate"):
+        ModelledLink(0.0, 0.0)
+
+
+def test_a_modelled_link_takes_its_latency_and_the_fuller_direction():
+    link = ModelledLink(latency_s=2.0, port_GBps=1.0)
+    assert link.seconds(3_000_000_000, 1_000_000_000) == 5.0
+    assert link.seconds(0, 0) == 0.0

@@ -8,6 +8,7 @@ there, and comes back as one weighted sum. A destination is a rank, or a node of
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from ch15_helpers.errors import MoEError
 from ch15_helpers.kernels.dispatch import use_triton
 from ch15_helpers.kernels.moe_permute import sort_by_expert
+from ch15_helpers.moe.modelled_link import ModelledLink, hold_until
 from ch15_helpers.moe.wire import WireFormat
 
 _TILE = 1 << 20  # tiles of the order are not used here: as few as possible
@@ -138,8 +140,9 @@ def sum_copies(rows: Tensor, copies: Copies, dtype: torch.dtype) -> Tensor:
 class Pending:
     """Rows on their way: what a started all-to-all will have received."""
 
-    def __init__(self, out: Tensor, sent: Tensor, work: Any) -> None:
-        self._out, self._work = out, work
+    def __init__(self, out: Tensor, sent: Tensor, work: Any, due_s: float = 0.0) -> None:
+        """Held back until ``time.perf_counter`` shows ``due_s``, where a link is modelled."""
+        self._out, self._work, self._due_s = out, work, due_s
         self._sent: Tensor | None = sent  # must live until the transfer is over
 
     def wait(self) -> Tensor:
@@ -147,6 +150,7 @@ class Pending:
         if self._work is not None:
             self._work.wait()
             self._work = self._sent = None
+        hold_until(self._due_s)
         return self._out
 
 
@@ -156,6 +160,7 @@ class Exchange:
     Attributes:
         rank, size: in the group. ranks: the group's members as ranks of the world.
         link_bytes: bytes that this rank sent to others, by :data:`Link`; what stays is no link's.
+        link: modelled, holds back what arrives (CPU ranks: it is the host that waits); or None.
     """
 
     def __init__(self, group: Any = None, level: str = "") -> None:
@@ -169,6 +174,8 @@ class Exchange:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self.link_bytes: Counter[Link] = Counter()
+        self.link: ModelledLink | None = None
+        self._port_free_s = 0.0
 
     def counts(self, counts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Trade counts [size, num_batches]: those sent and those received, by batch.
@@ -177,8 +184,10 @@ class Exchange:
         """
         counts = counts.contiguous()
         received = torch.empty_like(counts)
+        due_s = self._due_s([1] * self.size, [1] * self.size, counts[0].nbytes)
         dist.all_to_all_single(received, counts, group=self.group)
         self._count("counts", [1] * self.size, counts[0].nbytes)
+        hold_until(due_s)
         both = torch.stack((counts, received)).transpose(1, 2).tolist()
         return both[0], both[1]
 
@@ -187,12 +196,24 @@ class Exchange:
     ) -> Pending:
         """Start sending ``sent[i]`` rows to rank i, in order, and receiving ``received[i]``."""
         out = rows.new_empty((sum(received), rows.shape[1]))
-        self._count(what, sent, rows.shape[1] * rows.element_size())
+        row_bytes = rows.shape[1] * rows.element_size()
+        self._count(what, sent, row_bytes)
+        due_s = self._due_s(sent, received, row_bytes)
         bytes_out, bytes_in = out.view(torch.uint8), rows.contiguous().view(torch.uint8)
         work = dist.all_to_all_single(
             bytes_out, bytes_in, list(received), list(sent), group=self.group, async_op=True
         )
-        return Pending(out, bytes_in, work)
+        return Pending(out, bytes_in, work, due_s)
+
+    def _due_s(self, sent: Sequence[int], received: Sequence[int], row_bytes: int) -> float:
+        """When the modelled link is done, were all ranks to start now; 0 without one."""
+        if self.link is None:
+            return 0.0
+        away = [row_bytes * (sum(rows) - rows[self.rank]) for rows in (sent, received)]
+        start_s = max(time.perf_counter(), self._port_free_s)  # messages queue at the port
+        due_s = start_s + self.link.seconds(*away)
+        self._port_free_s = max(start_s, due_s - self.link.latency_s)
+        return due_s
 
     def _count(self, what: str, rows: Sequence[int], row_bytes: int) -> None:
         me = self.ranks[self.rank]
@@ -238,6 +259,11 @@ class Dispatcher:
         self.exchange, self.wire, self.dedup = exchange, wire, dedup
         self.fixed_rows = fixed_rows
         self._size, self._combine_dtype = slots_per_destination, combine_dtype
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes of a row on its way back, and on its way out."""
+        return self.wire.hidden * self._combine_dtype.itemsize, self.wire.row_bytes
 
     def plan(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Trip]:
         """Agree on the counts of some batches at once: (weights, global slots) of each."""

@@ -106,6 +106,11 @@ class ExpertParallel:
         """Bytes that this rank has sent over each link since it was made."""
         return Counter(self.exchange.link_bytes)
 
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes of a row on its way back, and on its way out."""
+        return self._dispatcher.row_bytes
+
     def plan(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Trip]:
         """Agree with the other ranks on the copies of some batches: (weights, experts) of each."""
         chosen = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from ch15_helpers.moe.dispatch import Trip
 from ch15_helpers.moe.expert_parallel import ExpertParallel
 from ch15_helpers.moe.experts import SharedExpert
 
+Result = TypeVar("Result")
 Steps = Generator[None, None, Tensor]
 """Stops after each start of a collective; returns the layer's result [N, hidden]."""
 
@@ -165,7 +167,7 @@ def time_versions(
     times: dict[str, list[float]] = {name: [] for name in versions}
     for round_ in range(-warmup, iterations):
         for name, run in versions.items():
-            elapsed_s = _one_time_s(run, device)
+            _, elapsed_s = timed_together(run, device)
             if round_ >= 0:
                 times[name].append(elapsed_s)
     flat = [seconds for samples in times.values() for seconds in samples]
@@ -176,12 +178,13 @@ def time_versions(
     return {name: values[i * iterations : (i + 1) * iterations] for i, name in enumerate(versions)}
 
 
-def _one_time_s(run: Callable[[], object], device: torch.device) -> float:
+def timed_together(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """A run's result, and its seconds on this rank; all ranks start together, so all must call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.barrier()
     start_s = time.perf_counter()
-    run()
+    result = run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start_s
+    return result, time.perf_counter() - start_s

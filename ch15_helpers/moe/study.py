@@ -22,6 +22,7 @@ from ch15_helpers.errors import MoEError
 from ch15_helpers.moe.dispatch import Link
 from ch15_helpers.moe.expert_parallel import ExpertParallel, ExpertParallelConfig
 from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
+from ch15_helpers.moe.modelled_link import ModelledLink
 from ch15_helpers.moe.overlap import forward_overlapped, forward_sequential, time_versions
 from ch15_helpers.moe.overlap_model import PhaseTimes
 from ch15_helpers.moe.placement import ExpertPlacement
@@ -38,6 +39,9 @@ class Version:
         overlap: shared expert and chunks beside the transfers; else phase after phase.
         num_chunks: parts of a batch, with ``overlap``.
         slots: experts of each rank's slots; None is the even placement.
+        link: latency in s and port's rate in GB/s of a modelled link; None is the real one alone.
+        bare: the collectives of this version with the same sizes, and nothing else: their limit.
+        shift: a mutation that results must show: every rank holds its experts one slot too far.
     """
 
     name: str
@@ -45,6 +49,13 @@ class Version:
     overlap: bool = False
     num_chunks: int = 1
     slots: tuple[tuple[int, ...], ...] | None = None
+    link: tuple[float, float] | None = None
+    bare: bool = False
+    shift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.config.ranks_per_node is not None and (self.bare or self.link):
+            raise MoEError(f"version {self.name!r}: bare and link are for one level of dispatch")
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,8 @@ class LayerStudy:
             raise MoEError(f"every point needs the tokens of each of {self.num_ranks} ranks")
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise MoEError(f"dtype {self.dtype!r}; expected float32, float16 or bfloat16")
+        if self.device != "cpu" and any(version.link for version in self.versions):
+            raise MoEError("a modelled link holds up the host: it needs ranks on the CPU")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -104,6 +117,7 @@ class LayerStudy:
                 Version(
                     entry["name"], ExpertParallelConfig(**config), entry["overlap"],
                     entry["num_chunks"], slots and tuple(tuple(row) for row in slots),
+                    entry["link"] and tuple(entry["link"]), entry["bare"], entry["shift"],
                 )
             )  # fmt: skip
         tokens = tuple(tuple(sizes) for sizes in fields["tokens"])
@@ -153,11 +167,13 @@ def run_study(study: LayerStudy, rank: int, device: torch.device) -> list[StudyR
     groups: dict[int | None, NodeGroups] = {size: make_node_groups(size) for size in nodes}
     layers = [
         make_expert_parallel(
-            weights.of_rank(placement, rank), placement, study.top_k, version.config,
-            node_groups=groups.get(version.config.ranks_per_node),
+            held_by(weights, placement, rank, version.shift), placement, study.top_k,
+            version.config, node_groups=groups.get(version.config.ranks_per_node),
         )
         for version, placement in zip(study.versions, placements, strict=True)
     ]  # fmt: skip
+    for version, layer in zip(study.versions, layers, strict=True):
+        layer.exchange.link = ModelledLink(*version.link) if version.link else None
     rows: list[StudyRow] = []
     for point in range(len(study.tokens)):
         x, factors, experts = (part.to(device) for part in study.batch(point, rank))
@@ -165,6 +181,32 @@ def run_study(study: LayerStudy, rank: int, device: torch.device) -> list[StudyR
         expected = expected if shared is None else expected + shared(x)
         rows += _run_point(study, point, layers, shared, (x, factors, experts), expected)
     return rows
+
+
+def held_by(
+    weights: ExpertWeights, placement: ExpertPlacement, rank: int, shift: bool
+) -> ExpertWeights:
+    """What a rank holds of all experts; with ``shift`` each of them one slot too far."""
+    row = placement.slots[rank]
+    return weights.of_slots((*row[1:], row[0]) if shift else row)
+
+
+def bare_call(layer: ExpertParallel, batch: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
+    """The collectives of one call: messages of its sizes, out of and into nobody's rows."""
+    x, weights, experts = batch
+    (trip,) = layer.plan([(weights, experts)])
+    size, wire = layer.row_bytes
+    out = torch.zeros(sum(trip.sent), wire, dtype=torch.uint8, device=x.device)
+    back = torch.zeros(sum(trip.received), size, dtype=torch.uint8, device=x.device)
+    counts = trip.copies.counts[:, None]
+
+    def run() -> Tensor:
+        layer.exchange.counts(counts)
+        layer.exchange.start("dispatch", out, trip.sent, trip.received).wait()
+        layer.exchange.start("combine", back, trip.received, trip.sent).wait()
+        return x
+
+    return run
 
 
 def _run_point(
@@ -177,7 +219,9 @@ def _run_point(
 ) -> list[StudyRow]:
     calls: dict[str, Callable[[], Tensor]] = {}
     for version, layer in zip(study.versions, layers, strict=True):
-        if version.overlap:
+        if version.bare:
+            calls[version.name] = bare_call(layer, batch)
+        elif version.overlap:
             calls[version.name] = partial(
                 forward_overlapped, layer, *batch, shared, version.num_chunks
             )
@@ -188,7 +232,8 @@ def _run_point(
         before = layer.link_bytes
         out = calls[version.name]()
         links = layer.link_bytes - before
-        results.append((relative_error(out, expected), links))
+        error = 0.0 if version.bare else relative_error(out, expected)
+        results.append((error, links))
     times = time_versions(calls, batch[0].device, iterations=study.iterations, warmup=study.warmup)
     return [
         StudyRow(
@@ -236,20 +281,31 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return float(difference / expected.double().norm().clamp(min=1e-30))
 
 
-def _make_weights(
-    study: LayerStudy, device: torch.device
-) -> tuple[ExpertWeights, SharedExpert | None]:
-    """The same random weights on every rank."""
-    generator = torch.Generator(device).manual_seed(study.seed)
-    dtype = getattr(torch, study.dtype)
+def random_experts(
+    num_experts: int,
+    hidden: int,
+    inner: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> ExpertWeights:
+    """Experts that keep the size of what they get; the same for equal generators."""
 
     def normal(*shape: int) -> Tensor:
         values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
         return values.mul_(shape[-1] ** -0.5)
 
-    experts, hidden, inner = study.num_experts, study.hidden, study.inner
-    weights = ExpertWeights(normal(experts, 2 * inner, hidden), normal(experts, hidden, inner))
+    return ExpertWeights(normal(num_experts, 2 * inner, hidden), normal(num_experts, hidden, inner))
+
+
+def _make_weights(
+    study: LayerStudy, device: torch.device
+) -> tuple[ExpertWeights, SharedExpert | None]:
+    """The same random weights on every rank."""
+    generator = torch.Generator(device).manual_seed(study.seed)
+    dtype, hidden = getattr(torch, study.dtype), study.hidden
+    weights = random_experts(study.num_experts, hidden, study.inner, dtype, device, generator)
     if not study.shared_inner:
         return weights, None
-    wide = study.shared_inner
-    return weights, SharedExpert(normal(2 * wide, hidden), normal(hidden, wide))
+    one = random_experts(1, hidden, study.shared_inner, dtype, device, generator)
+    return weights, SharedExpert(one.gate_up[0], one.down[0])

@@ -1,4 +1,4 @@
-"""One rank of a study: ``python -m ch15_helpers.moe.worker STUDY.json FOLDER``, see ``launch``."""
+"""One rank of some studies: ``python -m ch15_helpers.moe.worker STUDIES.json FOLDER``."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ch15_helpers.moe.study import LayerStudy, run_study
+from ch15_helpers.moe.drift_study import DriftStudy, run_drift_study
+from ch15_helpers.moe.model_study import ModelStudy, run_model_study
+from ch15_helpers.moe.study import LayerStudy, StudyRow, run_study
 
 _PATIENCE = timedelta(minutes=2)  # for ranks that never come
 
 
 def main(spec: str, folder: str) -> None:
-    """Join the group, run the study, and write ``rankN.json`` into ``folder``."""
-    study = LayerStudy.from_dict(json.loads(Path(spec).read_text(encoding="utf-8")))
+    """Join the group, run the studies in order, and write ``rankN.json`` into ``folder``."""
+    entries = json.loads(Path(spec).read_text(encoding="utf-8"))
     rank, device = int(os.environ["RANK"]), torch.device("cpu")
-    if study.device == "cuda":
+    if entries[0]["fields"]["device"] == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -33,15 +36,29 @@ def main(spec: str, folder: str) -> None:
         timeout=_PATIENCE,
     )
     with torch.inference_mode():
-        rows = run_study(study, rank, device)
-    answer = []
-    for row in rows:
-        fields = dataclasses.asdict(dataclasses.replace(row, links=type(row.links)()))
-        fields["links"] = [[*link, count] for link, count in row.links.items()]
-        answer.append(fields)
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(answer), encoding="utf-8")
+        answers = [_run(entry["kind"], entry["fields"], rank, device) for entry in entries]
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(answers), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _run(
+    kind: str, fields: dict[str, Any], rank: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Rows of one study as plain data."""
+    if kind == "LayerStudy":
+        return [_plain(row) for row in run_study(LayerStudy.from_dict(fields), rank, device)]
+    if kind == "ModelStudy":
+        models = run_model_study(ModelStudy.from_dict(fields), rank, device)
+        return [dataclasses.asdict(row) for row in models]
+    drifts = run_drift_study(DriftStudy.from_dict(fields), rank, device)
+    return [dataclasses.asdict(row) for row in drifts]
+
+
+def _plain(row: StudyRow) -> dict[str, Any]:
+    fields = dataclasses.asdict(dataclasses.replace(row, links=type(row.links)()))
+    fields["links"] = [[*link, count] for link, count in row.links.items()]
+    return fields
 
 
 if __name__ == "__main__":
