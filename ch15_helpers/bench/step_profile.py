@@ -20,7 +20,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("matrix products", r"linear|addmm|::mm\b|matmul|gemm|gemv|nvjet|cutlass|splitk|mkl"),
     ("norm, rotation, activation", r"rms|norm|rope|swiglu|silu|::mul|::add|::roll|elementwise"),
     ("KV write and copies", r"memcpy|memset|copy|write_kv|index|gather|scatter|::cat\b|::to\b"),
-    ("sampling", r"argmax|argmin|sample|softmax|topk|sort|reduce"),
+    ("sampling", r"argm|::max\b|sample|softmax|topk|sort|reduce"),
 )
 OTHER, GAPS = "other", "gaps"
 

@@ -9,6 +9,7 @@ from ch15_helpers.viz.plots import (
     roofline_chart,
     show_figure,
 )
+from ch15_helpers.viz.step_trace import step_strips
 from ch15_helpers.viz.timeline import RequestSpans, request_spans, timeline
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "request_spans",
     "roofline_chart",
     "show_figure",
+    "step_strips",
     "timeline",
 ]
