@@ -150,7 +150,9 @@ def _sharded(
 
 
 def _tokens(model: Transformer, ids: Tensor, study: ModelStudy) -> list[list[int]]:
-    from ch15_helpers import Engine, EngineConfig, SamplingParams  # other studies need no engine
+    from ch15_helpers.serving.config import EngineConfig  # other studies need no engine
+    from ch15_helpers.serving.engine import Engine
+    from ch15_helpers.serving.request import SamplingParams
 
     pages = study.prompts * -(-(study.length + study.new_tokens) // 16)
     config = EngineConfig(block_size=16, num_blocks=pages + 1, max_num_seqs=study.prompts)
