@@ -100,21 +100,25 @@ def fused_moe_torch(
     ours = lowest >= 0 and highest < num_experts
     if ours and flat.numel() * _expert_bytes(gate_up, down) <= _COPY_BYTES:
         return _copied_experts(x, gate_up, down, weights, flat)
-    if not ours:
-        flat = torch.where((flat < 0) | (flat >= num_experts), num_experts, flat)
+    pairs = None if ours else ((flat >= 0) & (flat < num_experts)).nonzero().flatten()
+    if pairs is not None:  # the others cost nothing: with one copy for a rank they are the most
+        flat = flat.index_select(0, pairs)
     order = flat.argsort(stable=True)
     positions = torch.empty_like(order)
     positions[order] = torch.arange(order.numel(), device=order.device)
-    rows = x.index_select(0, order.div(experts.shape[1], rounding_mode="floor"))
+    chosen = order if pairs is None else pairs.index_select(0, order)
+    rows = x.index_select(0, chosen.div(experts.shape[1], rounding_mode="floor"))
     counts = torch.bincount(flat, minlength=num_experts)[:num_experts]
     small = flat.numel() * 2 * inner * x.element_size() <= _CACHED_BYTES
     small &= 2 * flat.numel() > num_experts  # a grouped product looks at every expert
-    if ours and small and x.device.type == "cpu" and _can_group(gate_up, down):
+    if small and x.device.type == "cpu" and _can_group(gate_up, down):
         offsets = counts.cumsum(0).int()
         inner_rows = swiglu(grouped_mm(rows, gate_up.transpose(1, 2), offs=offsets))
         y = grouped_mm(inner_rows, down.transpose(1, 2), offs=offsets)
     else:
         y = _each_expert(rows, gate_up, down, counts.tolist())
+    if pairs is not None:
+        return _combine_some(y, positions, weights, pairs)
     return _combine(y, positions.view(experts.shape), weights)
 
 
@@ -190,7 +194,6 @@ def _each_expert(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int])
         inner = silu(gate, inplace=True).mul_(up)
         torch.mm(inner, down[expert].t(), out=y[mine])
         start += count
-    y[start:].zero_()  # pairs of other ranks' experts
     return y
 
 
@@ -199,3 +202,16 @@ def _combine(y: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
         return embedding_bag(positions, y, mode="sum", per_sample_weights=weights)
     chosen = y.index_select(0, positions.flatten()).view(*positions.shape, -1)
     return (weights[:, :, None] * chosen).sum(1).to(y.dtype)
+
+
+def _combine_some(y: Tensor, positions: Tensor, weights: Tensor, pairs: Tensor) -> Tensor:
+    """:func:`_combine` where only ``pairs``, ascending, have a row."""
+    num_tokens, top_k = weights.shape
+    factors = weights.flatten().index_select(0, pairs)
+    tokens = pairs.div(top_k, rounding_mode="floor")
+    if y.dtype == torch.float32 and y.device.type == "cpu" and len(pairs):
+        counts = torch.bincount(tokens, minlength=num_tokens)
+        starts = counts.cumsum(0) - counts
+        return embedding_bag(positions, y, starts, mode="sum", per_sample_weights=factors)
+    out = torch.zeros(num_tokens, y.shape[1], dtype=torch.float32, device=y.device)
+    return out.index_add_(0, tokens, factors[:, None] * y.index_select(0, positions)).to(y.dtype)
