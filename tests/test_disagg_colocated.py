@@ -37,27 +37,27 @@ def monolithic(tiny: Transformer) -> list[list[int]]:
     return tokens_of(Engine(tiny, CONFIG).generate(PROMPTS, GREEDY))
 
 
-@pytest.mark.parametrize("slice_layers", [1, 2, None])
+@pytest.mark.parametrize("slice_work", [1, 61, None])
 @pytest.mark.parametrize("decode_between", [False, True])
 def test_tokens_are_those_of_one_engine(
     tiny: Transformer,
     monolithic: list[list[int]],
-    slice_layers: int | None,
+    slice_work: int | None,
     decode_between: bool,
 ) -> None:
-    pools = split(tiny, slice_layers=slice_layers, decode_between=decode_between)
+    pools = split(tiny, slice_work=slice_work, decode_between=decode_between)
     assert tokens_of(pools.generate(PROMPTS, GREEDY)) == monolithic
     pools.check_invariants()
     for engine in (pools.prefill, pools.decode):
         assert engine.scheduler.blocks.allocator.num_used == 0
     layers = tiny.config.num_hidden_layers
-    per_prompt = 1 if slice_layers is None else -(-layers // slice_layers)
-    assert pools.num_slices == 3 * per_prompt
     for handover, prompt in zip(pools.handovers, PROMPTS, strict=True):
         blocks = -(-len(prompt) // 8)
+        at_once = layers if slice_work is None else max(1, slice_work // len(prompt))
+        slices = -(-layers // at_once)
         content = blocks * 8 * tiny.config.kv_bytes_per_token(4)
-        assert handover.num_blocks == blocks and handover.num_transfers == per_prompt
-        assert handover.num_bytes == content + 48 * blocks * per_prompt
+        assert handover.num_blocks == blocks and handover.num_transfers == slices
+        assert handover.num_bytes == content + 48 * blocks * slices
         assert handover.wait_s is not None and handover.first_step_s is not None
 
 
@@ -75,7 +75,7 @@ def test_running_requests_advance_while_a_prompt_is_computed(tiny: Transformer) 
         steps.append(tuple(len(request.output_token_ids) for request in record.step.decodes))
 
     for between in (False, True):
-        pools = split(tiny, decode_between=between, on_step=note)
+        pools = split(tiny, slice_work=1, decode_between=between, on_step=note)
         pools.add_request(PROMPTS[0], GREEDY, "talker")
         pools.step()
         pools.add_request(PROMPTS[1], GREEDY, "newcomer")
@@ -92,11 +92,13 @@ def test_the_check_saves_the_tokens(
     def wrap(wire: Any) -> Any:
         return FaultyWire(wire, fault, row=6)  # of the first prompt: block 7 is partly full
 
-    pools = split(tiny, wrap=wrap)
+    pools = split(tiny, slice_work=1, wrap=wrap)
     assert tokens_of(pools.generate(PROMPTS[:1], GREEDY)) == monolithic[:1]
     assert (pools.handovers[0].num_recomputed > 0) == (fault != "reorder")
-    careless = split(tiny, wrap=wrap, verify=False)
-    assert tokens_of(careless.generate(PROMPTS[:1], GREEDY)) != monolithic[:1]
+    careless = split(tiny, slice_work=1, wrap=wrap, verify=False)
+    (output,) = careless.generate(PROMPTS[:1], GREEDY)
+    assert output.error is None or "not finite" in output.error, "the step failed"
+    assert output.token_ids != monolithic[0]
 
 
 def test_a_full_decode_pool_holds_prompts_back(

@@ -97,7 +97,7 @@ class SplitPools:
         prefill: EngineConfig,
         decode: EngineConfig,
         *,
-        slice_layers: int | None = 1,
+        slice_work: int | None = None,
         decode_between: bool = True,
         verify: bool = True,
         wrap: Callable[[Wire], Wire] | None = None,
@@ -109,7 +109,8 @@ class SplitPools:
         Args:
             prefill, decode: of the two engines, without prefix caching; ``prefill`` is run with
                 whole prompts, one at a time.
-            slice_layers: blocks leave after each so many layers; None: after the last one.
+            slice_work: tokens times layers of a slice, but one layer at the least; blocks leave
+                after each slice. None: all at once, after the last layer.
             decode_between: let the decode engine take a step after each slice.
             verify: check what arrives, and compute again what is not intact.
             wrap: puts something around both wires: a FaultyWire, or the FabricWire of one fabric.
@@ -127,9 +128,7 @@ class SplitPools:
         self.prefill.runner.on_layer = self._layer_done
         self.handovers: list[Handover] = []
         self.num_slices = 0
-        layers = model.config.num_hidden_layers
-        self._slice_layers = layers if slice_layers is None else slice_layers
-        self._decode_between, self._on_step = decode_between, on_step
+        self._slice_work, self._decode_between, self._on_step = slice_work, decode_between, on_step
         self._queue: deque[Request] = deque()
         self._arriving: dict[str, tuple[Handover, float]] = {}  # and when its first token came
         self._prompt: _Prompt | None = None
@@ -255,8 +254,10 @@ class SplitPools:
         prompt = self._prompt
         assert prompt is not None
         assert len(step.chunks) == 1, "one prompt at a time"
-        last = self.model.config.num_hidden_layers - 1
-        if layer < last and (layer + 1) % self._slice_layers:
+        layers, work = self.model.config.num_hidden_layers, self._slice_work
+        tokens = prompt.request.num_prompt_tokens
+        at_once = layers if work is None else max(1, work // tokens)
+        if layer + 1 < layers and (layer + 1) % at_once:
             return
         source = self.prefill.scheduler.blocks.table(prompt.request.request_id)
         self._hand_over(prompt, source, layer)
