@@ -188,7 +188,7 @@ def test_rows_come_back_as_they_were(hidden, dtype):
     assert wire.row_bytes % 32 == 0
     rows = torch.randn(9, hidden).to(torch.float32 if dtype == FP8 else dtype)
     slots, weights = torch.randint(-1, 5, (9, 3)), torch.rand(9, 3)
-    packed = wire.encode(rows, slots, weights)
+    packed = wire.encode(rows.flip(0), torch.arange(9).flip(0), slots, weights)
     assert packed.shape == (9, wire.row_bytes)
     got, ids, factors = wire.decode(packed, rows.dtype)
     assert torch.equal(ids, slots) and torch.equal(factors, weights)
@@ -196,7 +196,8 @@ def test_rows_come_back_as_they_were(hidden, dtype):
         assert torch.equal(got, dequantise_rows(*quantise_rows(rows), 128, torch.float32))
     else:
         assert torch.equal(got, rows)
-    assert wire.encode(rows[:0], slots[:0], weights[:0]).shape == (0, wire.row_bytes)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert wire.encode(rows, none, slots[:0], weights[:0]).shape == (0, wire.row_bytes)
 
 
 def test_bytes_of_a_row_are_what_the_text_says():

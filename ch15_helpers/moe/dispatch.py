@@ -284,8 +284,8 @@ class Dispatcher:
         """Pack [num_tokens, hidden] and send; what arrives is for :meth:`unpack`."""
         copies, num_rows = trip.copies, sum(trip.sent)
         source = x if len(x) else x.new_zeros(1, x.shape[1])  # padding of an empty batch
-        rows = source.index_select(0, copies.tokens[:num_rows])
-        packed = self.wire.encode(rows, copies.slots[:num_rows], copies.weights[:num_rows])
+        chosen = (part[:num_rows] for part in (copies.tokens, copies.slots, copies.weights))
+        packed = self.wire.encode(source, *chosen)
         return self.exchange.start("dispatch", packed, trip.sent, trip.received)
 
     def unpack(self, arrived: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,20 +48,21 @@ class WireFormat:
         """Bytes of one copy: with hidden 2048, top 8: bfloat16 4160, FP8 2176."""
         return _padded(self.payload_bytes + 4 * self.num_scales + 8 * self.entries)
 
-    def encode(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-        """Rows of bytes, uint8 [R, row_bytes].
+    def encode(self, x: Tensor, tokens: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        """Rows of bytes, uint8 [R, row_bytes]; a token is rounded once, however many its copies.
 
         Args:
-            rows: [R, hidden]. slots: int [R, entries], -1 for none. weights: [R, entries].
+            x: [num_tokens, hidden]. tokens: int64 [R], the token of each row.
+            slots: int [R, entries], -1 for none. weights: [R, entries].
         """
-        wire = torch.empty(len(rows), self.row_bytes, dtype=torch.uint8, device=rows.device)
+        wire = torch.empty(len(tokens), self.row_bytes, dtype=torch.uint8, device=x.device)
         payload, scales, ids, factors = self._parts(wire)
         if self.dtype == FP8:
-            values, powers = quantise_rows(rows, self.block)
-            payload.copy_(values.view(torch.uint8))
-            scales.copy_(powers)
+            values, powers = quantise_rows(x, self.block)
+            payload.copy_(values.view(torch.uint8).index_select(0, tokens))
+            scales.copy_(powers.index_select(0, tokens))
         else:
-            payload.copy_(rows)
+            payload.copy_(x.index_select(0, tokens))
         ids.copy_(slots)
         factors.copy_(weights)
         return wire
