@@ -70,3 +70,11 @@ class TransportError(Ch15Error):
 
 class MoEError(Ch15Error, ValueError):
     """A routing, placement or set-up of expert parallelism makes no sense; says which and why."""
+
+
+class DeviceLostError(Ch15Error):
+    """The device stopped working; nothing can run on it until the process is started again."""
+
+
+class EngineConfigError(Ch15Error, ValueError):
+    """Two settings of an engine, or a setting and its class, exclude each other; says which."""

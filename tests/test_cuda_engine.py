@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -38,10 +40,59 @@ def test_captured_and_eager_steps_give_the_same_tokens(model, temperature):
     params = SamplingParams(max_tokens=32, temperature=temperature, seed=7, ignore_eos=True)
     captured, first = generate(model, PROMPTS, params)
     eager, second = generate(model, PROMPTS, params, capture_decode=False)
+    _, in_turn = generate(model, PROMPTS, params, async_scheduling=False)
     assert captured.runner.graphs is not None
     assert captured.runner.graphs.sizes == ladder(8)
+    assert captured.runner.graphs.prompt_sizes[-1] == 2048
     assert eager.runner.graphs is None
-    assert first == second
+    assert captured._overlaps and eager._overlaps
+    assert first == second == in_turn
+
+
+def test_mixed_steps_captured_or_not_give_the_same_tokens(model):
+    """Prompts of many lengths arrive while others decode; chunks of a small budget."""
+    rng = random.Random(1)
+    lengths = [1, 2, 15, 16, 17, 63, 64, 65, 130, 300, 500, 7, 40, 90]
+    prompts = [[rng.randrange(1000, 40000) for _ in range(length)] for length in lengths]
+    params = [SamplingParams(max_tokens=rng.randint(3, 20), ignore_eos=True) for _ in prompts]
+    for budget in (96, 512):
+        config = {"max_num_batched_tokens": budget}
+        captured, first = generate(model, prompts, params, **config)
+        _, second = generate(model, prompts, params, capture_prompts=False, **config)
+        _, third = generate(model, prompts, params, capture_decode=False, **config)
+        _, fourth = generate(model, prompts, params, async_scheduling=False, **config)
+        assert captured.runner.graphs.prompt_sizes[-1] == budget
+        assert first == second == third == fourth
+
+
+def test_a_stop_token_in_the_middle_ends_a_request_one_step_late_and_drops_the_rest(model):
+    params = SamplingParams(max_tokens=32, ignore_eos=True)
+    _, free = generate(model, PROMPTS, params)
+    stops = [tokens[3 + 2 * n] for n, tokens in enumerate(free)]
+    each = [SamplingParams(max_tokens=32, ignore_eos=True, stop_token_ids=(s,)) for s in stops]
+    engine, ended = generate(model, PROMPTS, each)
+    for tokens, stop, whole in zip(ended, stops, free, strict=True):
+        assert tokens == whole[: whole.index(stop) + 1]
+    engine.check_invariants()
+    assert engine.scheduler.blocks.allocator.num_used == 0
+
+
+def test_forks_and_aborts_between_overlapped_steps(model):
+    engine = Engine(model, EngineConfig(max_num_seqs=8, num_blocks=512))
+    whole = SamplingParams(max_tokens=24, ignore_eos=True)
+    expected = engine.generate(PROMPTS[:2], whole)
+    first, second = (engine.add_request(prompt, whole) for prompt in PROMPTS[:2])
+    for _ in range(6):
+        engine.step()
+    child = engine.fork(first, whole)
+    engine.abort(second)
+    outputs = {}
+    while engine.has_unfinished:
+        outputs.update({output.request_id: output for output in engine.step()})
+        engine.check_invariants()
+    assert outputs[first].token_ids == outputs[child].token_ids == expected[0].token_ids
+    known = outputs[second].token_ids
+    assert known == expected[1].token_ids[: len(known)]
 
 
 def test_gpu_and_cpu_give_the_same_greedy_tokens(model):
@@ -68,3 +119,27 @@ def test_a_batch_above_the_ladder_runs_eagerly(model):
     outputs = engine.generate(PROMPTS, params)
     _, expected = generate(model, PROMPTS, params)
     assert [output.token_ids for output in outputs] == expected
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "int8"])
+def test_one_byte_caches_run_captured(model, kv_dtype):
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    captured, first = generate(model, PROMPTS, params, kv_dtype=kv_dtype)
+    _, second = generate(model, PROMPTS, params, kv_dtype=kv_dtype, capture_decode=False)
+    assert captured.runner.graphs.prompt_sizes
+    assert first == second
+
+
+def test_the_first_prompt_compiles_nothing(model):
+    import triton
+
+    engine = Engine(model, EngineConfig(max_num_seqs=8, num_blocks=1024, capture_prompts=False))
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["repr"])
+    try:
+        rng = random.Random(0)
+        prompts = [[rng.randrange(40000) for _ in range(n)] for n in (1500, 3, 40, 2500, 700)]
+        engine.generate(prompts, SamplingParams(max_tokens=5))
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert compiled == []

@@ -46,6 +46,7 @@ class EngineMachine(RuleBasedStateMachine):
         layout=st.sampled_from(["block_major", "layer_major"]),
         eviction=st.sampled_from([None, "lru", "lfu", "fifo", "cost_aware"]),
         tier=st.sampled_from([None, "fake", "host"]),
+        ahead=st.booleans(),
     )
     def start(
         self,
@@ -60,6 +61,7 @@ class EngineMachine(RuleBasedStateMachine):
         layout: Any,
         eviction: str | None = None,
         tier: str | None = None,
+        ahead: bool = False,
     ) -> None:
         self.model = HashModel(MODEL_LEN)
         self.pool_tokens = block_size * num_blocks
@@ -78,6 +80,7 @@ class EngineMachine(RuleBasedStateMachine):
                 kv_layout=layout,
                 enable_prefix_caching=eviction is not None,
                 eviction_policy=eviction or "lru",
+                async_scheduling=ahead,
             ),
             clock=lambda: float(next(ticks)),
         )
@@ -227,9 +230,10 @@ EngineMachine.TestCase.settings = settings(
 TestEngineMachine = EngineMachine.TestCase
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("seed", range(8))
-def test_long_random_walk_in_a_crowded_pool(seed: int, preemption: str) -> None:
+def test_long_random_walk_in_a_crowded_pool(seed: int, preemption: str, ahead: bool) -> None:
     """The same walk, long and biased to where it is crowded: forks, copies, preemptions, swaps."""
     rng = random.Random(seed)
     walk = EngineMachine()
@@ -245,6 +249,7 @@ def test_long_random_walk_in_a_crowded_pool(seed: int, preemption: str) -> None:
         layout="block_major",
         eviction=(None, None, "lru", "lfu", "fifo", "cost_aware", "lru", "lru")[seed],
         tier=(None, None, None, None, "fake", "fake", "fake", "host")[seed],
+        ahead=ahead,
     )
     seen = {"copies": 0, "preempted": 0, "swap_in": 0, "promotions": 0}
 

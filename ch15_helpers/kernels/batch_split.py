@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
 
+Ints = npt.NDArray[np.integer[Any]]
 
-def upload_int32(values: npt.NDArray[np.integer[Any]], device: torch.device) -> Tensor:
+
+def upload_int32(values: Ints, device: torch.device) -> Tensor:
     """int32 on a device; from pinned memory, so that the host does not wait for the device."""
     host = torch.from_numpy(values.astype(np.int32))
     if device.type == "cpu":
@@ -58,6 +60,19 @@ def split_decodes(batch: BatchMetadata, decodes: int) -> tuple[BatchMetadata, Ba
     return parts
 
 
+def cut(query_lens: Ints, context_lens: Ints, max_tokens: int) -> tuple[Ints, Ints, Ints]:
+    """Cut queries into pieces of at most ``max_tokens``: the arithmetic of ``split_chunks``.
+
+    Returns:
+        For each piece its sequence, its number of queries, and the context that its last one sees.
+    """
+    pieces = -(-query_lens // max_tokens)
+    seq = np.repeat(np.arange(len(pieces)), pieces)
+    first = (np.arange(len(seq)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * max_tokens
+    lens = np.minimum(max_tokens, query_lens[seq] - first)
+    return seq, lens, (context_lens - query_lens)[seq] + first + lens
+
+
 def split_chunks(batch: BatchMetadata, max_tokens: int) -> BatchMetadata:
     """The same queries as sequences of at most ``max_tokens`` queries each.
 
@@ -66,13 +81,9 @@ def split_chunks(batch: BatchMetadata, max_tokens: int) -> BatchMetadata:
     """
     key = ("split_chunks", max_tokens)
     if key not in batch.scratch:
-        query_lens = np.array(batch.query_lens_host)
-        context_lens = np.array(batch.context_lens_host)
-        pieces = -(-query_lens // max_tokens)
-        seq = np.repeat(np.arange(len(pieces)), pieces)
-        first = (np.arange(len(seq)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * max_tokens
-        lens = np.minimum(max_tokens, query_lens[seq] - first)
-        contexts = (context_lens - query_lens)[seq] + first + lens
+        seq, lens, contexts = cut(
+            np.array(batch.query_lens_host), np.array(batch.context_lens_host), max_tokens
+        )
         starts = np.concatenate(([0], np.cumsum(lens)))
         packed = np.concatenate((starts, contexts, seq))
         on_device = upload_int32(packed, batch.query_starts.device)

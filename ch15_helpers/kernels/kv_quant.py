@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
-from ch15_helpers.kernels.dispatch import use_triton
+from ch15_helpers.kernels.dispatch import triton_installed, use_triton
 
 QUANTISED_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -193,8 +193,17 @@ def _can_use_triton(
     same = k_cache.stride() == v_cache.stride() and k_scale.stride() == v_scale.stride()
     if not (same and use_triton(k_cache, v_cache, k, v)):
         return False
-    # Triton converts to E4M3 on these and later devices.
-    return k_cache.dtype == torch.int8 or torch.cuda.get_device_capability(k.device) >= (8, 9)
+    return writes_in_one_launch(k_cache.dtype, k.device)
+
+
+def writes_in_one_launch(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether writing takes no word from the host, so that any step can be captured.
+
+    Triton converts to E4M3 on devices of capability 8.9 and later.
+    """
+    if device.type != "cuda" or not triton_installed():
+        return False
+    return dtype == torch.int8 or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @dataclass(frozen=True)

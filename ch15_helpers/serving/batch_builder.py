@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
-from ch15_helpers.serving.request import Request
+from ch15_helpers.serving.request import PENDING_TOKEN, Request
 from ch15_helpers.serving.step import ScheduledChunk, Step
 
 Int32 = npt.NDArray[np.int32]
@@ -19,7 +20,11 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """One step's inputs on the host. Sequences: decodes first, then chunks; see BatchMetadata."""
+    """One step's inputs on the host. Sequences: decodes first, then chunks; see BatchMetadata.
+
+    Attributes:
+        has_pending: some token ids are ``-1 - row``, for what the last step samples in that row.
+    """
 
     token_ids: Int64
     positions: Int64
@@ -29,6 +34,12 @@ class HostBatch:
     context_lens: Int32
     block_tables: Int32
     query_lens: tuple[int, ...]
+    has_pending: bool = False
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one token, and all are sampled."""
+        return len(self.token_ids) == len(self.query_lens) == len(self.logits_indices)
 
     def arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         """The arrays that the device needs, int64 ones first so that all stay aligned."""
@@ -55,14 +66,22 @@ class BatchBuilder:
         self._decodes: list[Request] = []
         self._rows: Int64 = np.empty(0, dtype=np.int64)
 
-    def build(self, step: Step, tables: Int32) -> HostBatch:
+    def build(
+        self,
+        step: Step,
+        tables: Int32,
+        last_rows: Callable[[Sequence[Request]], Int64] | None = None,
+    ) -> HostBatch:
         """The inputs of a non-empty step.
 
         Args:
             step: what the scheduler decided.
             tables: block tables of all resident requests, one row each (BlockManager.tables).
+            last_rows: where the last step samples for the requests whose last token is pending.
         """
         decodes = self._build_decodes(step.decodes, tables)
+        if last_rows is not None:
+            decodes = _refer(decodes, step.decodes, last_rows)
         if not step.chunks:
             return decodes
         return self._append_chunks(decodes, step.chunks, tables)
@@ -122,7 +141,21 @@ class BatchBuilder:
             context_lens=np.concatenate([decodes.context_lens, ends]),
             block_tables=block_tables,
             query_lens=(*decodes.query_lens, *lengths),
+            has_pending=decodes.has_pending,
         )
+
+
+def _refer(
+    decodes: HostBatch,
+    requests: Sequence[Request],
+    last_rows: Callable[[Sequence[Request]], Int64],
+) -> HostBatch:
+    """Let pending tokens say in which row of the last step they are."""
+    pending = decodes.token_ids == PENDING_TOKEN
+    if not pending.any():
+        return decodes
+    token_ids = np.where(pending, -1 - last_rows(requests), decodes.token_ids)
+    return replace(decodes, token_ids=token_ids, has_pending=True)
 
 
 class Uploader:

@@ -80,6 +80,9 @@ class EngineConfig:
             pool may take together.
         max_model_len: context limit; None is the model's ``max_position_embeddings``.
         capture_decode: replay decode steps as CUDA graphs where ``can_capture`` allows it.
+        capture_prompts: and steps with prompts that take longer to launch than to compute.
+        async_scheduling: decide the next step while this one runs (see ``Lookahead``); ``auto`` is
+            on for CUDA, where no subclass replaces a stage of a step.
         recompute_cost: None takes the model's arithmetic (see ``recompute_cost_of``).
         tiers: where evicted blocks of the prefix cache go; None drops them.
     """
@@ -100,6 +103,8 @@ class EngineConfig:
     max_model_len: int | None = None
     policy: str | Policy = "fcfs"
     capture_decode: bool = True
+    capture_prompts: bool = True
+    async_scheduling: bool | Literal["auto"] = "auto"
     enable_prefix_caching: bool = False
     eviction_policy: str | EvictionPolicy = "lru"
     recompute_cost: RecomputeCost | None = None

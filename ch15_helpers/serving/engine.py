@@ -4,52 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from rich.progress import Progress
 
-from ch15_helpers.errors import InvalidRequestError
-from ch15_helpers.kv.cache import PagedKVCache
-from ch15_helpers.kv.quantised import make_kv_cache
+from ch15_helpers.errors import DeviceLostError, InvalidRequestError
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.config import EngineConfig
-from ch15_helpers.serving.graphs import DecodeGraphs, can_capture
+from ch15_helpers.serving.engine_core import EngineCore, StepRecord
+from ch15_helpers.serving.engine_parts import build_parts, overlaps
 from ch15_helpers.serving.intake import Prompt, encode, params_for
-from ch15_helpers.serving.memory import pool_size, recompute_cost_of
-from ch15_helpers.serving.offload import Offload, tiered_offload
 from ch15_helpers.serving.request import SLO, Request, RequestOutput, SamplingParams
 from ch15_helpers.serving.runner import ModelRunner
 from ch15_helpers.serving.sampling import derive_seed
 from ch15_helpers.serving.scheduler import Scheduler
-from ch15_helpers.serving.step import Step
+
+__all__ = ["Engine", "StepRecord"]
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step as it ran: what ``on_step`` gets.
-
-    ``schedule_s`` and ``update_s`` are the scheduler's share; the rest of ``end_s - start_s`` is
-    block copies, inputs, forward and sampling. ``has_work``: requests are left after it.
-    """
-
-    index: int
-    start_s: float
-    end_s: float
-    schedule_s: float
-    update_s: float
-    step: Step
-    num_tokens: int
-    num_waiting: int
-    num_free_blocks: int
-    has_work: bool
-
-
-class Engine:
+class Engine(EngineCore):
     """Serves one model on one device with paged KV and iteration-level scheduling.
 
     Attributes:
         model, config, scheduler, runner, cache, host_cache: the parts, for notebooks to look at.
         num_steps: steps that ran the model.
+        lost: what the device failed with; from then on every request is refused.
         offload: the tiers below the device pool, where ``config.tiers`` asks for them.
         scheduler_type, runner_type: stages that a subclass may replace.
     """
@@ -74,7 +52,8 @@ class Engine:
             on_step: called after each step that ran.
 
         Raises:
-            CapacityError: the KV pool would not have a single block.
+            CapacityError: the KV pool would not have a single block, or does not fit in memory.
+            EngineConfigError: ``async_scheduling`` is on, and a subclass replaces a stage.
             TierError: a tier cannot be built.
         """
         self.model = model
@@ -82,32 +61,14 @@ class Engine:
         self.clock = clock
         self.on_step = on_step
         self.num_steps = 0
-        num_blocks = config.num_blocks
-        if num_blocks is None:
-            num_blocks = pool_size(model.config, config, model.device, model.dtype)
-        model_len = model.config.max_position_embeddings
-        cost = recompute_cost_of(model.config)
-        self.scheduler = self.scheduler_type(config.scheduler_config(num_blocks, model_len, cost))
-        self.cache = self._pool(num_blocks, on_host=False)
-        host_blocks = config.num_host_blocks
-        self.host_cache = self._pool(host_blocks, on_host=True) if host_blocks else None
-        self.runner = self.runner_type(
-            model, self.cache, self.scheduler.blocks, self.host_cache, config.attention_backend
-        )
-        self.offload: Offload | None = None
-        if config.tiers is not None:
-            self.offload = self.runner.offload = tiered_offload(
-                model, self.cache, self.scheduler, config.tiers, clock
-            )
-        if model.device.type == "cuda":
-            self.runner.warm_up(config.max_num_seqs)
-        if config.capture_decode and can_capture(model, config.attention_backend):
-            limit = self.scheduler.config.max_model_len or model_len
-            pages, scales = self.cache.pages, self.cache.scales
-            self.runner.graphs = DecodeGraphs(model, pages, config.max_num_seqs, limit, scales)
-            self.runner.graphs.capture()
+        self.lost = None
+        parts = build_parts(model, config, self.scheduler_type, self.runner_type, clock)
+        self.scheduler, self.runner, self.offload = parts.scheduler, parts.runner, parts.offload
+        self.cache, self.host_cache = parts.cache, parts.host_cache
+        self._overlaps = overlaps(config.async_scheduling, self.scheduler, self.runner)
+        self._in_flight = None
         self._num_requests = 0
-        self._ended: list[Request] = []  # ended outside a step, not handed out yet
+        self._ended = []  # ended outside a step, not handed out yet
 
     @property
     def has_unfinished(self) -> bool:
@@ -130,7 +91,9 @@ class Engine:
         Raises:
             InvalidRequestError: a prompt or the list makes no sense; nothing was started. A
                 prompt that is fine but too long does not raise: its output has an error.
+            DeviceLostError: the device failed earlier.
         """
+        self._refuse_if_lost()
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InvalidRequestError(
                 f"prompts is a {type(prompts).__name__}; it must be a list of prompts"
@@ -182,7 +145,9 @@ class Engine:
 
         Raises:
             InvalidRequestError: the prompt makes no sense, or the id is in use.
+            DeviceLostError: the device failed earlier.
         """
+        self._refuse_if_lost()
         tokens = encode(self.model, prompt, "the prompt")
         now_s = self.clock() if arrival_s is None else arrival_s
         request = self._request(tokens, params or SamplingParams(), request_id, now_s)
@@ -203,6 +168,7 @@ class Engine:
         Raises:
             InvalidRequestError: see ``Scheduler.fork``.
         """
+        self._ended += self._settle()  # the child starts from what the parent really has
         parent = self.scheduler.get(request_id)
         if parent is None:
             raise InvalidRequestError(f"there is no unfinished request {request_id!r}")
@@ -242,53 +208,12 @@ class Engine:
 
     # ---- inside ----------------------------------------------------------------------------
 
-    def _step(self) -> list[Request]:
-        ended, self._ended = self._ended, []
-        if self.offload is not None:
-            self.offload.deliver()
-        if not self.scheduler.has_work:
-            return ended
-        start_s = self.clock()
-        step = self.scheduler.schedule(start_s)
-        scheduled_s = self.clock()
-        try:
-            token_ids = self.runner.run(step)
-        except Exception as error:
-            # The scheduler's state is sound, the device's may not be: only this step's requests
-            # depend on it.
-            text = f"the model step failed: {type(error).__name__}: {error}"
-            return ended + self._fail(step, text)
-        except BaseException:
-            self._fail(step, "interrupted")
-            raise
-        ran_s = self.clock()
-        ended += self.scheduler.update(step, token_ids, ran_s)
-        self.num_steps += 1
-        if self.on_step is not None:
-            self.on_step(self._record(step, start_s, scheduled_s, ran_s))
-        if step.is_empty and not ended and self.offload is not None:
-            self.offload.wait()
-        return ended
-
-    def _fail(self, step: Step, error: str) -> list[Request]:
-        finished = self.scheduler.fail(step, error)
-        if self.offload is not None:
-            self.offload.drop(step)
-        return finished
-
-    def _record(self, step: Step, start_s: float, scheduled_s: float, ran_s: float) -> StepRecord:
-        return StepRecord(
-            index=self.num_steps - 1,
-            start_s=start_s,
-            end_s=ran_s,
-            schedule_s=scheduled_s - start_s,
-            update_s=self.clock() - ran_s,
-            step=step,
-            num_tokens=step.num_tokens,
-            num_waiting=self.scheduler.num_waiting,
-            num_free_blocks=self.scheduler.blocks.allocator.num_free,
-            has_work=self.scheduler.has_work,
-        )
+    def _refuse_if_lost(self) -> None:
+        if self.lost is not None:
+            raise DeviceLostError(
+                f"the device {self.model.device} stopped working ({self.lost}); start a new "
+                "process, and an engine in it"
+            )
 
     def _queue(self, request: Request) -> str:
         if not self.scheduler.add(request):
@@ -321,17 +246,4 @@ class Engine:
             finish_reason=request.finish_reason or "",
             error=request.error,
             metrics=request.metrics(),
-        )
-
-    def _pool(self, num_blocks: int, on_host: bool) -> PagedKVCache:
-        dtype = self.model.dtype if self.config.kv_dtype is None else self.config.kv_dtype
-        device = self.model.device
-        return make_kv_cache(
-            self.model.config,
-            num_blocks,
-            self.config.block_size,
-            dtype=dtype,
-            device="cpu" if on_host else device,
-            layout=self.config.kv_layout,
-            pin_memory=on_host and device.type == "cuda",
         )

@@ -1,10 +1,15 @@
-"""Decode steps captured as CUDA graphs: one launch from the host instead of hundreds.
+"""Steps captured as CUDA graphs: one launch from the host instead of hundreds.
 
-A step of one token per sequence is short, and launching its kernels one by one takes the host
-longer than the device needs to run them. A graph replays them with a single launch, on condition
+Launching a step's kernels one by one takes the host about half a millisecond a layer, longer than
+a device needs for a few hundred tokens. A graph replays them with a single launch, on condition
 that no shape and no address changes: inputs are copied into fixed buffers, and a batch is padded
-to the next captured size. Padding rows have context length 0 and slot -1, so that they read and
-write no KV. Greedy ids are part of the graph; sampled requests use its logits.
+to the next captured size. Padding has context length 0 and slot -1, so that it reads and writes
+no KV. Greedy ids are a part of the graph, and so is taking a token id from where the step before
+has left it (see ``LastIds``); sampled requests use its logits.
+
+Steps with prompts are captured, too, as far as launching takes longer than computing. In them a
+chunk is cut into pieces of as many queries as the decode attention takes for one sequence, because
+that kernel reads all lengths on the device.
 
 CUDA graphs for LLM decode: vLLM and gpt-fast (2023), both with a ladder of batch sizes.
 """
@@ -12,21 +17,33 @@ CUDA graphs for LLM decode: vLLM and gpt-fast (2023), both with a ladder of batc
 from __future__ import annotations
 
 import logging
-import math
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.batch_split import cut
+from ch15_helpers.kernels.kv_quant import writes_in_one_launch
+from ch15_helpers.kv.cache import PagedKVCache
+from ch15_helpers.model.config import ModelConfig
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.batch_builder import HostBatch
+from ch15_helpers.serving.graph_buffers import GraphBuffers, StepShape
+from ch15_helpers.serving.last_ids import LastIds, fill_in
 from ch15_helpers.serving.sampling import greedy_ids
 
 logger = logging.getLogger(__name__)
+
+QUERY_ROWS = 64
+"""(query, head of one KV head) rows that the decode attention takes for one sequence."""
+_LAUNCH_S_PER_LAYER = 0.45e-3  # eager, measured on an H200's host
+_FLOPS_PER_S = 600e12  # of a step's products there
+_MAX_ATTENTION_BYTES = 1 << 29  # of K and V of one layer; each piece reads its whole context
 
 
 def ladder(max_num_seqs: int) -> list[int]:
@@ -36,6 +53,20 @@ def ladder(max_num_seqs: int) -> list[int]:
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 64, 64)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def prompt_ladder(config: ModelConfig, max_num_batched_tokens: int) -> list[int]:
+    """Token counts to capture for steps with prompts: 16, 32, 48, 64, 96, 128, 192 and so on.
+
+    They end where computing takes longer than launching (or with the largest step): with
+    SmolLM2's 30 narrow layers beyond any step, with Llama-3-8B's 32 wide ones at 512.
+    """
+    flops = 2 * config.num_parameters(active_only=True)
+    worth = config.num_hidden_layers * _LAUNCH_S_PER_LAYER * _FLOPS_PER_S / flops
+    most = min(int(worth), max_num_batched_tokens)
+    sizes = [size for n in range(4, 15) for size in (1 << n, 3 << (n - 1))]
+    kept = [size for size in sizes if size < most]
+    return [*kept, max_num_batched_tokens] if most == max_num_batched_tokens else kept
 
 
 def can_capture(model: Transformer, attention_backend: str) -> bool:
@@ -51,141 +82,134 @@ def can_capture(model: Transformer, attention_backend: str) -> bool:
     )
 
 
-class _Buffers:
-    """Fixed inputs of all graphs, in one allocation, so that a step needs one copy.
-
-    Rows come first in the host's staging buffer and on the device alike: int64 token ids,
-    positions and slots, then int32 context lengths and block tables.
-    """
-
-    def __init__(self, rows: int, max_blocks: int, device: torch.device) -> None:
-        self.rows, self.max_blocks = rows, max_blocks
-        num_bytes = rows * (3 * 8 + 4 + 4 * max_blocks)
-        self.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
-        self.device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._numpy = [view.numpy() for view in self._views(self.host)]
-        on_device = self._views(self.device)
-        self.token_ids, self.positions, self.slots, self.context_lens, self.tables = on_device
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        row, table = (self.rows,), (self.rows, self.max_blocks)
-        shapes = [(row, torch.int64)] * 3 + [(row, torch.int32), (table, torch.int32)]
-        views, start = [], 0
-        for shape, dtype in shapes:
-            stop = start + math.prod(shape) * dtype.itemsize
-            views.append(flat[start:stop].view(dtype).view(shape))
-            start = stop
-        return views
-
-    def fill(self, batch: HostBatch) -> None:
-        """Stage a decode batch, padded to ``rows``, and start its copy to the device."""
-        count = len(batch.query_lens)
-        tokens, positions, slots, context_lens, tables = self._numpy
-        tokens[:count], positions[:count] = batch.token_ids, batch.positions
-        slots[:count], slots[count:] = batch.slot_mapping, -1
-        context_lens[:count], context_lens[count:] = batch.context_lens, 0
-        tables[:count, : batch.block_tables.shape[1]] = batch.block_tables
-        tokens[count:] = positions[count:] = 0
-        self.device.copy_(self.host, non_blocking=True)
-
-
 @dataclass(frozen=True)
 class _Captured:
     """A graph and every tensor whose address it holds: freed memory would be read on replay."""
 
     graph: torch.cuda.CUDAGraph
-    buffers: _Buffers
+    buffers: GraphBuffers
     batch: BatchMetadata
     logits: Tensor
-    ids: Tensor
 
 
-class DecodeGraphs:
-    """Captured decode steps of one model over one KV pool.
+class StepGraphs:
+    """Captured steps of one model over one KV pool.
 
     Attributes:
-        sizes: batch sizes that are captured, ascending; empty when none fitted in memory.
+        sizes: batch sizes of decode steps that are captured, ascending; empty when none fitted in
+            memory.
+        prompt_sizes: token counts of steps with prompts that are captured, ascending.
     """
 
     def __init__(
         self,
         model: Transformer,
-        pages: Tensor,
+        cache: PagedKVCache,
         max_num_seqs: int,
         max_model_len: int,
-        kv_scales: Tensor | None = None,
+        last_ids: LastIds,
     ) -> None:
-        self._model, self._pages, self._kv_scales = model, pages, kv_scales
-        self._max_blocks = min(pages.shape[0], -(-max_model_len // pages.shape[3]))
-        self._captured: dict[int, _Captured] = {}
+        self._model, self._cache, self._last = model, cache, last_ids
+        self._max_num_seqs = max_num_seqs
+        self._max_blocks = min(cache.num_blocks, -(-max_model_len // cache.block_size))
+        config = model.config
+        group = config.num_attention_heads // config.num_key_value_heads
+        self._query_len = max(1, QUERY_ROWS // group)
+        kv_bytes = 2 * config.num_key_value_heads * config.head_dim * cache.pages.element_size()
+        self._max_context = _MAX_ATTENTION_BYTES // kv_bytes
+        self._captured: dict[StepShape, _Captured] = {}
+        self._pool: Any = None
         self.sizes: list[int] = []
-        self._wanted = ladder(max_num_seqs)
+        self.prompt_sizes: list[int] = []
+
+    def decode_shapes(self) -> list[StepShape]:
+        """What to capture for decode steps, largest first: smaller ones reuse its memory."""
+        return [StepShape.decode(size) for size in ladder(self._max_num_seqs)[::-1]]
+
+    def prompt_shapes(self, max_num_batched_tokens: int) -> list[StepShape]:
+        """What to capture for steps with prompts, largest first."""
+        cache = self._cache
+        if cache.scales is not None and not writes_in_one_launch(cache.dtype, cache.device):
+            return []
+        sizes = prompt_ladder(self._model.config, max_num_batched_tokens)
+        return [self._prompt_shape(size) for size in sizes[::-1]]
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture every size, largest first so that the smaller ones reuse its memory.
-
-        Sizes that do not fit in the device's memory are left out: such batches run uncaptured.
-        """
-        pool = None
-        for size in track(self._wanted[::-1], "capturing decode steps", transient=True):
+    def capture(self, shapes: Iterable[StepShape]) -> None:
+        """Capture some steps. Those that do not fit in memory are left out and run uncaptured."""
+        for shape in shapes:
             try:
-                captured = self._capture_one(size, pool)
-            except torch.cuda.OutOfMemoryError:
+                self._captured[shape] = captured = self._capture_one(shape)
+            except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-                logger.warning("no memory to capture decode steps of %d sequences", size)
+                logger.warning("no memory to capture steps of %d tokens", shape.tokens)
                 continue
-            self._captured[size] = captured
-            pool = captured.graph.pool()
-        self.sizes = sorted(self._captured)
+            self._pool = captured.graph.pool()
+        self.sizes = sorted(shape.tokens for shape in self._captured if shape.query_len == 0)
+        self.prompt_sizes = sorted(shape.tokens for shape in self._captured if shape.query_len)
 
-    def fits(self, batch: HostBatch) -> bool:
-        """Whether a captured step can run this batch: decodes only, and not too many."""
-        num_seqs = len(batch.query_lens)
-        return (
-            bool(self.sizes)
-            and num_seqs <= self.sizes[-1]
-            and len(batch.token_ids) == num_seqs == len(batch.logits_indices)
-            and batch.block_tables.shape[1] <= self._max_blocks
-        )
-
-    def run(self, batch: HostBatch) -> tuple[Tensor, Tensor]:
-        """Replay the step of the next larger size.
+    def run(self, batch: HostBatch) -> tuple[Tensor, Tensor] | None:
+        """Replay the step of the next larger size, if there is one.
 
         Returns:
-            logits float32 [num_seqs, vocab] and greedy ids int64 [num_seqs] (INVALID_TOKEN where
-            the logits are not finite), both overwritten by the next replay of the same size.
+            logits float32 [rows, vocab] and greedy ids int64 [rows] (INVALID_TOKEN where the
+            logits are not finite) of the sampled rows. The logits are overwritten by the next
+            replay of the same size, the ids by any; the ids are those of ``LastIds``.
         """
-        num_seqs = len(batch.query_lens)
-        captured = self._captured[self.sizes[bisect_left(self.sizes, num_seqs)]]
-        captured.buffers.fill(batch)
+        shape, fitting = self._fit(batch)
+        if shape is None:
+            return None
+        captured = self._captured[shape]
+        captured.buffers.fill(fitting)
         captured.graph.replay()
-        return captured.logits[:num_seqs], captured.ids[:num_seqs]
+        count = len(batch.logits_indices)
+        return captured.logits[:count], self._last.ids[:count]
 
-    def _capture_one(self, size: int, pool: Any) -> _Captured:
-        device = self._model.device
-        buffers = _Buffers(size, self._max_blocks, device)
-        buffers.slots.fill_(-1)
-        every = torch.arange(size + 1, device=device)
+    # ---- inside ----------------------------------------------------------------------------
+
+    def _prompt_shape(self, tokens: int) -> StepShape:
+        pieces = self._max_num_seqs + -(-tokens // self._query_len)
+        return StepShape(tokens, min(tokens, pieces), self._max_num_seqs, self._query_len)
+
+    def _fit(self, batch: HostBatch) -> tuple[StepShape | None, HostBatch]:
+        """The smallest captured step that holds a batch, and the batch as that step needs it."""
+        tokens = len(batch.token_ids)
+        if batch.block_tables.shape[1] > self._max_blocks:
+            return None, batch
+        sizes = self.sizes if batch.is_decode else self.prompt_sizes
+        if not sizes or tokens > sizes[-1] or len(batch.logits_indices) > self._max_num_seqs:
+            return None, batch
+        size = sizes[bisect_left(sizes, tokens)]
+        if batch.is_decode:
+            return StepShape.decode(size), batch
+        pieces = in_pieces(batch, self._query_len)
+        shape = self._prompt_shape(size)
+        fits = len(pieces.query_lens) <= shape.seqs
+        return (shape if fits and pieces.context_lens.sum() <= self._max_context else None), pieces
+
+    def _capture_one(self, shape: StepShape) -> _Captured:
+        device, cache = self._model.device, self._cache
+        buffers = GraphBuffers(shape, self._max_blocks, device)
         metadata = BatchMetadata(
-            query_starts=every.int(),
+            query_starts=buffers.query_starts,
             context_lens=buffers.context_lens,
             block_tables=buffers.tables,
             slot_mapping=buffers.slots,
-            logits_indices=every[:size],
-            max_query_len=1,
-            max_context_len=self._max_blocks * self._pages.shape[3],
+            logits_indices=buffers.logits_indices,
+            max_query_len=max(1, shape.query_len),
+            max_context_len=self._max_blocks * cache.block_size,
         )
 
-        def step() -> tuple[Tensor, Tensor]:
+        def step() -> Tensor:
             logits = self._model.forward(
-                buffers.token_ids,
+                fill_in(buffers.token_ids, self._last.ids),
                 buffers.positions,
-                self._pages,
+                cache.pages,
                 metadata,
-                kv_scales=self._kv_scales,
+                kv_scales=cache.scales,
             )
-            return logits, greedy_ids(logits)
+            self._last.ids[: shape.rows].copy_(greedy_ids(logits))
+            return logits
 
         # Kernels compile and libraries make their handles outside the graph.
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -194,6 +218,22 @@ class DecodeGraphs:
             step()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            logits, ids = step()
-        return _Captured(graph, buffers, metadata, logits, ids)
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = step()
+        return _Captured(graph, buffers, metadata, logits)
+
+
+def in_pieces(batch: HostBatch, query_len: int) -> HostBatch:
+    """The same tokens as sequences of at most ``query_len`` queries each."""
+    seq, lens, contexts = cut(np.array(batch.query_lens), batch.context_lens, query_len)
+    return HostBatch(
+        token_ids=batch.token_ids,
+        positions=batch.positions,
+        slot_mapping=batch.slot_mapping,
+        logits_indices=batch.logits_indices,
+        query_starts=np.concatenate(([0], np.cumsum(lens))).astype(np.int32),
+        context_lens=contexts.astype(np.int32),
+        block_tables=batch.block_tables[seq],
+        query_lens=tuple(lens.tolist()),
+        has_pending=batch.has_pending,
+    )

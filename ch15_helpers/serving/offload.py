@@ -104,6 +104,10 @@ class Offload:
             if promotion.ticket not in self._under_way:
                 self._scheduler.loaded(promotion.ticket, [False] * len(promotion.pairs))
 
+    def forget(self) -> None:
+        """The device is lost: whatever is under way does not matter to the scheduler any more."""
+        self._under_way.clear()
+
     def close(self) -> None:
         """Wait for what is under way, then close the store."""
         while self._under_way:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 INVALID_TOKEN = -1
 """What the sampler returns for a row whose logits are not finite; no vocabulary has it."""
+PENDING_TOKEN = -2
+"""Stands for a token that a running step is about to sample; see ``Lookahead``."""
 
 
 class RequestStatus(Enum):

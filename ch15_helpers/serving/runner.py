@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -13,20 +9,22 @@ from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.kv.blocks import BlockManager
 from ch15_helpers.kv.cache import PagedKVCache, swap_blocks
 from ch15_helpers.model.transformer import Transformer
-from ch15_helpers.serving.batch_builder import BatchBuilder, Uploader
-from ch15_helpers.serving.graphs import DecodeGraphs
+from ch15_helpers.serving.batch_builder import BatchBuilder, HostBatch, Uploader
+from ch15_helpers.serving.graphs import StepGraphs
+from ch15_helpers.serving.last_ids import LastIds, Launched, fill_in
 from ch15_helpers.serving.offload import Offload
-from ch15_helpers.serving.sampling import sample
+from ch15_helpers.serving.sampling import sample_ids
 from ch15_helpers.serving.step import Step
+
+__all__ = ["Launched", "ModelRunner"]
 
 
 class ModelRunner:
     """Owns the device side of a step; the scheduler's decisions are only carried out here.
 
     ``_execute`` (token ids, positions, metadata in; float32 logits out) is the seam for running
-    the same step another way. Attributes: ``graphs``, captured decode steps, or None;
-    ``offload``, the tiers below the device pool, or None; ``on_layer_done``, called with each
-    layer's index once its K and V are in the pages (not by captured steps), or None.
+    the same step another way. Attributes: ``graphs``, captured steps, or None; ``offload``, the
+    tiers below the device pool, or None; ``last_ids``, what the last step sampled.
     """
 
     def __init__(
@@ -36,7 +34,8 @@ class ModelRunner:
         blocks: BlockManager,
         host_cache: PagedKVCache | None = None,
         attention_backend: str = "auto",
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
+        max_num_seqs: int = 256,
     ) -> None:
         self.model = model
         self.graphs = graphs
@@ -44,10 +43,19 @@ class ModelRunner:
         self.host_cache = host_cache
         self.attention_backend = attention_backend
         self.offload: Offload | None = None
-        self.on_layer_done: Callable[[int], None] | None = None
+        self.last_ids = LastIds(max_num_seqs, cache.device)
         self._blocks = blocks
         self._builder = BatchBuilder(cache.block_size)
         self._uploader = Uploader(cache.device)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no subclass replaces a part of a step.
+
+        Only then may a step be captured with its prompts, or launched while another one runs.
+        """
+        seams = ("run", "_compute", "_execute")
+        return all(getattr(type(self), seam) is getattr(ModelRunner, seam) for seam in seams)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[int]:
@@ -60,42 +68,38 @@ class ModelRunner:
         self._move_blocks(step)
         return [] if step.is_empty else self._compute(step)
 
-    def _compute(self, step: Step) -> list[int]:
-        host = self._builder.build(step, self._blocks.tables)
-        if self.graphs is not None and self.graphs.fits(host):
-            logits, greedy = self.graphs.run(host)
-            return sample(logits, step.sampled, greedy)
-        logits = self._execute(*self._uploader.upload(host))
-        sampled = step.sampled
-        return sample(logits, sampled) if sampled else []
-
     @torch.inference_mode()
-    def warm_up(self, max_num_seqs: int) -> None:
-        """Compile what decode steps and mixed steps run, so that no request waits for it.
+    def launch(self, step: Step) -> Launched | None:
+        """Start a step and do not wait for it; None for a step that computes nothing.
 
-        Kernels are compiled once for up to 64 sequences and again for each power of two beyond.
-        The padding slots of these batches write nothing to the cache.
+        Where a request's last token is a PENDING_TOKEN, the step launched last must have sampled
+        it: its id is taken from the device.
         """
-        counts = [1] + [1 << n for n in range(7, max_num_seqs.bit_length() + 1)]
-        for num_seqs, query_len in itertools.product(counts, (1, 2)):
-            self._execute(*self._padding_batch(num_seqs, query_len))
+        self._move_blocks(step)
+        return None if step.is_empty else self._start(step)
 
-    def _padding_batch(self, num_seqs: int, query_len: int) -> tuple[Tensor, Tensor, BatchMetadata]:
-        new = partial(torch.full, device=self.cache.device)
-        tokens = new((num_seqs * query_len,), 0)
-        starts = torch.arange(0, len(tokens) + 1, query_len, dtype=torch.int32)
-        batch = BatchMetadata(
-            query_starts=starts.to(self.cache.device),
-            context_lens=new((num_seqs,), query_len, dtype=torch.int32),
-            block_tables=new((num_seqs, 1), 0, dtype=torch.int32),
-            slot_mapping=new((len(tokens),), -1),
-            logits_indices=new((1,), 0),
-            max_query_len=query_len,
-            max_context_len=query_len,
-            query_lens_host=(query_len,) * num_seqs,
-            context_lens_host=(query_len,) * num_seqs,
-        )
-        return tokens, tokens, batch
+    def _compute(self, step: Step) -> list[int]:
+        return self._start(step).tokens()
+
+    def _start(self, step: Step) -> Launched:
+        host = self._builder.build(step, self._blocks.tables, self.last_ids.rows)
+        sampled = step.sampled
+        captured = self._replay(host)
+        if captured is not None:
+            logits, greedy = captured
+            return self.last_ids.remember(sampled, sample_ids(logits, sampled, greedy))
+        token_ids, positions, batch = self._uploader.upload(host)
+        if host.has_pending:
+            token_ids = fill_in(token_ids, self.last_ids.ids)
+        logits = self._execute(token_ids, positions, batch)
+        return self.last_ids.remember(sampled, sample_ids(logits, sampled))
+
+    def _replay(self, host: HostBatch) -> tuple[Tensor, Tensor] | None:
+        """Logits and greedy ids of a captured step, if one fits."""
+        graphs = self.graphs
+        if graphs is None or not (host.is_decode or self.is_plain):
+            return None
+        return graphs.run(host)
 
     def _execute(self, token_ids: Tensor, positions: Tensor, batch: BatchMetadata) -> Tensor:
         """Forward pass: [N] ids and positions to [len(batch.logits_indices), vocab] logits."""
@@ -105,7 +109,6 @@ class ModelRunner:
             self.cache.pages,
             batch,
             attention_backend=self.attention_backend,
-            on_layer_done=self.on_layer_done,
             kv_scales=self.cache.scales,
         )
 

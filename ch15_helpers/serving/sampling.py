@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ch15_helpers.kernels.sampling import sample_tokens, signed64
 from ch15_helpers.serving.request import INVALID_TOKEN, Request
 
 _MASK = (1 << 64) - 1
@@ -43,8 +44,14 @@ def greedy_ids(logits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(best), ids, INVALID_TOKEN)
 
 
-def sample(logits: Tensor, requests: Sequence[Request], greedy: Tensor | None = None) -> list[int]:
-    """Next token of each request.
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """Next token of each request, on the host; see ``sample_ids``."""
+    tokens: list[int] = sample_ids(logits, requests).tolist()
+    return tokens
+
+
+def sample_ids(logits: Tensor, requests: Sequence[Request], greedy: Tensor | None = None) -> Tensor:
+    """Next token of each request. On a GPU nothing waits for it.
 
     Greedy rows cost one argmax. The others are sampled together, after temperature, top-k and
     top-p in this order, with float64 cumulative sums.
@@ -55,11 +62,15 @@ def sample(logits: Tensor, requests: Sequence[Request], greedy: Tensor | None = 
         greedy: ``greedy_ids(logits)``, where the step has computed it already.
 
     Returns:
-        Token ids, INVALID_TOKEN for a row whose largest logit is not finite. The one copy from
-        device to host of a step happens here.
+        int64 [len(requests)] on the logits' device, INVALID_TOKEN for a row whose largest logit is
+        not finite.
     """
-    ids = greedy_ids(logits) if greedy is None else greedy
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
+    if rows and logits.is_cuda:
+        return _sample_on_device(logits, requests)
+    if not requests:
+        return torch.empty(0, dtype=torch.int64, device=logits.device)
+    ids = greedy_ids(logits) if greedy is None else greedy
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         group = rows[start : start + _ROWS_AT_ONCE]
         chosen = [requests[row] for row in group]
@@ -68,8 +79,26 @@ def sample(logits: Tensor, requests: Sequence[Request], greedy: Tensor | None = 
             ids[index] == INVALID_TOKEN, INVALID_TOKEN, _draw(logits[index], chosen)
         )
         ids = ids.index_copy(0, index, drawn)
-    tokens: list[int] = ids.tolist()
-    return tokens
+    return ids
+
+
+def _sample_on_device(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """The same draws by the kernel that needs no word from the host; one copy of parameters."""
+    params = [request.params for request in requests]
+    columns = [
+        [float(each.temperature) for each in params],
+        [float(each.top_p) for each in params],
+        [each.top_k for each in params],
+        [signed64(request.seed) for request in requests],
+        [request.num_tokens for request in requests],
+    ]
+    host = torch.empty(5, len(requests), dtype=torch.int64, pin_memory=True)
+    host[:2].view(torch.float64).copy_(torch.tensor(columns[:2], dtype=torch.float64))
+    host[2:].copy_(torch.tensor(columns[2:], dtype=torch.int64))
+    packed = host.to(logits.device, non_blocking=True)
+    temperatures, top_ps = packed[:2].view(torch.float64)
+    top_ks, seeds, offsets = packed[2:]
+    return sample_tokens(logits, temperatures, top_ks.int(), top_ps, seeds, offsets)
 
 
 def token_weights(logits: Tensor, requests: Sequence[Request]) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.serving.config import SchedulerConfig
-from ch15_helpers.serving.fast_forward import FastForward
+from ch15_helpers.serving.lookahead import Lookahead
 from ch15_helpers.serving.request import INVALID_TOKEN, Request, RequestStatus
 from ch15_helpers.serving.step import ScheduledChunk, Step
 
@@ -25,11 +25,11 @@ __all__ = ["ScheduledChunk", "Scheduler", "SchedulerConfig", "Step"]
 _RUNNING = RequestStatus.RUNNING
 
 
-class Scheduler(FastForward):
+class Scheduler(Lookahead):
     """Decides each step; ``update`` tells it what came out.
 
     Call ``schedule``, run the step, then ``update`` (or ``fail``) with the same step before the
-    next ``schedule``.
+    next ``schedule``; or ``advance`` before the next ``schedule`` and ``resolve`` after it.
     """
 
     # ---- requests in and out ---------------------------------------------------------------
@@ -137,6 +137,9 @@ class Scheduler(FastForward):
         """
         finished = list(step.failed)
         for request in step.requests:
+            if request.is_finished:  # by the step before, while this one was under way
+                continue
+            self._retract(request)
             self._unlink(request)
             self._finish(request, "error", error)
             finished.append(request)
@@ -149,6 +152,18 @@ class Scheduler(FastForward):
                 self.residency.withdraw(request)
                 request.num_preemptions += 1
                 self._enqueue(request)
+        return finished
+
+    def fail_all(self, error: str) -> list[Request]:
+        """The device is gone: end every request there is, and return them. The pools are empty."""
+        finished = list(self._requests.values())
+        for request in finished:
+            self._retract(request)
+            self._unlink(request)
+            self._finish(request, "error", error)
+        for ticket in list(self._loading):  # nothing more will arrive
+            self.loaded(ticket, [])
+        self._growing, self._ending = [], []
         return finished
 
     # ---- inside ----------------------------------------------------------------------------

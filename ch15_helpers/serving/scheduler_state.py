@@ -37,6 +37,7 @@ class SchedulerState:
         self._decoding: list[Request] = []
         self._loading: dict[int, Request | None] = {}  # by ticket; None has ended meanwhile
         self._growing: list[Request] = []  # must get a block, or a private copy of one, first
+        self._ending: list[Request] = []  # their last token is being computed; see Lookahead
         self._num_prefill_steps = 0  # in a row, for policies that keep prompts apart
         self._disturbed = False  # since the last schedule, requests came or went from outside
         self._num_added = 0
@@ -81,6 +82,7 @@ class SchedulerState:
     def check_invariants(self) -> None:
         """Raise AssertionError when queues, statuses, tables and pools disagree."""
         self.residency.check_invariants()
+        assert not self._ending, "a step was advanced and never resolved"
         loading = [request for request in self._loading.values() if request is not None]
         running, waiting = [*self.running, *loading], list(self._waiting)
         assert {*running, *waiting} == set(self._requests.values()), "a request is lost"
