@@ -78,3 +78,7 @@ class DeviceLostError(Ch15Error):
 
 class EngineConfigError(Ch15Error, ValueError):
     """Two settings of an engine, or a setting and its class, exclude each other; says which."""
+
+
+class PlacementError(Ch15Error, ValueError):
+    """A topology, a cut of a model or a load makes no sense, or no plan is feasible; says why."""
