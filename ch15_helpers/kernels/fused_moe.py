@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, grouped_mm, silu
+from torch.nn.functional import grouped_mm, silu
 
 from ch15_helpers.kernels.dispatch import triton_installed, use_triton
 from ch15_helpers.kernels.moe_fp8 import FP8, dequantise_blocks
@@ -94,21 +94,20 @@ def fused_moe_torch(
         gate_up, down, experts = _dequantise_used(gate_up, down, scales, experts, x.dtype)
     num_experts, inner = down.shape[0], down.shape[2]
     flat = experts.flatten()
-    if _pair_by_pair(x, gate_up, down, flat):
+    ours, few = _look(flat, down, x)
+    if few:
         return _each_pair(x, gate_up, down, weights, experts)
-    lowest, highest = (int(bound) for bound in flat.aminmax())
-    ours = lowest >= 0 and highest < num_experts
-    if ours and flat.numel() * _expert_bytes(gate_up, down) <= _COPY_BYTES:
+    if ours and _fits(flat.numel(), down):
         return _copied_experts(x, gate_up, down, weights, flat)
     pairs = None if ours else ((flat >= 0) & (flat < num_experts)).nonzero().flatten()
     if pairs is not None:  # the others cost nothing: with one copy for a rank they are the most
         flat = flat.index_select(0, pairs)
     order = flat.argsort(stable=True)
-    positions = torch.empty_like(order)
-    positions[order] = torch.arange(order.numel(), device=order.device)
+    every = torch.arange(order.numel(), device=order.device)
+    positions = torch.empty_like(order).scatter_(0, order, every)
     chosen = order if pairs is None else pairs.index_select(0, order)
     rows = x.index_select(0, chosen.div(experts.shape[1], rounding_mode="floor"))
-    counts = torch.bincount(flat, minlength=num_experts)[:num_experts]
+    counts = torch.bincount(flat, minlength=num_experts)
     small = flat.numel() * 2 * inner * x.element_size() <= _CACHED_BYTES
     small &= 2 * flat.numel() > num_experts  # a grouped product looks at every expert
     if small and x.device.type == "cpu" and _can_group(gate_up, down):
@@ -146,19 +145,25 @@ def _can_group(*weights: Tensor) -> bool:
     return known and all(w.shape[2] * w.element_size() % 16 == 0 for w in weights)
 
 
-def _expert_bytes(gate_up: Tensor, down: Tensor) -> int:
-    return gate_up[0].nbytes + down[0].nbytes
+def _look(flat: Tensor, down: Tensor, x: Tensor) -> tuple[bool, bool]:
+    """Whether all ids are experts of ours, and whether pairs go one by one: sorting would not pay.
+
+    That is where few pairs share an expert and copies do not fit, or there are hardly any.
+    """
+    if flat.numel() > _FEW_PAIRS or x.device.type != "cpu":
+        lowest, highest = (int(bound) for bound in flat.aminmax())
+        return lowest >= 0 and highest < down.shape[0], False
+    ids = flat.tolist()
+    known = [expert for expert in ids if 0 <= expert < down.shape[0]]
+    few = x.dtype == torch.float32 and len(known) <= _PAIRS_PER_EXPERT * len(set(known))
+    few &= len(known) < _FEWEST_COPIES or not _fits(len(known), down)
+    return len(known) == len(ids), few
 
 
-def _pair_by_pair(x: Tensor, gate_up: Tensor, down: Tensor, flat: Tensor) -> bool:
-    """Whether so few pairs share an expert, or there are so few, that sorting does not pay."""
-    num_pairs = flat.numel()
-    if num_pairs > _FEW_PAIRS or x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    copied = num_pairs * _expert_bytes(gate_up, down) <= _COPY_BYTES
-    if copied and num_pairs >= _FEWEST_COPIES:
-        return False
-    return num_pairs <= _PAIRS_PER_EXPERT * len(set(flat.tolist()))
+def _fits(num_pairs: int, down: Tensor) -> bool:
+    """Whether a copy of its expert's three matrices for each pair fits into the cache."""
+    expert_bytes = 3 * down.shape[1] * down.shape[2] * down.element_size()
+    return num_pairs * expert_bytes <= _COPY_BYTES
 
 
 def _each_pair(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
@@ -199,9 +204,16 @@ def _each_expert(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int])
 
 def _combine(y: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
     if y.dtype == torch.float32 and y.device.type == "cpu":
-        return embedding_bag(positions, y, mode="sum", per_sample_weights=weights)
+        starts = torch.arange(0, positions.numel(), weights.shape[1])
+        return _sum_bags(y, positions.flatten(), starts, weights.flatten())
     chosen = y.index_select(0, positions.flatten()).view(*positions.shape, -1)
     return (weights[:, :, None] * chosen).sum(1).to(y.dtype)
+
+
+def _sum_bags(y: Tensor, rows: Tensor, starts: Tensor, factors: Tensor) -> Tensor:
+    """``functional.embedding_bag`` without its checks, which take as long at a few tokens."""
+    added: Tensor = torch.embedding_bag(y, rows, starts, False, 0, False, factors)[0]
+    return added
 
 
 def _combine_some(y: Tensor, positions: Tensor, weights: Tensor, pairs: Tensor) -> Tensor:
@@ -212,6 +224,6 @@ def _combine_some(y: Tensor, positions: Tensor, weights: Tensor, pairs: Tensor) 
     if y.dtype == torch.float32 and y.device.type == "cpu" and len(pairs):
         counts = torch.bincount(tokens, minlength=num_tokens)
         starts = counts.cumsum(0) - counts
-        return embedding_bag(positions, y, starts, mode="sum", per_sample_weights=factors)
+        return _sum_bags(y, positions, starts, factors)
     out = torch.zeros(num_tokens, y.shape[1], dtype=torch.float32, device=y.device)
     return out.index_add_(0, tokens, factors[:, None] * y.index_select(0, positions)).to(y.dtype)
