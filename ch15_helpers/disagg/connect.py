@@ -32,11 +32,14 @@ class Place:
 
     Attributes:
         init_method: how torch.distributed finds the others.
+        store: (host, port) of a TCPStore that somebody else keeps; used instead where given. It
+            outlives every rank.
     """
 
     rank: int
     world_size: int
     init_method: str = "env://"
+    store: tuple[str, int] | None = None
 
 
 def place_from_environment() -> Place | None:
@@ -103,9 +106,12 @@ def connect(medium: Medium, place: Place, timeout_s: float = 60.0) -> Joined:
         device = torch.device("cuda", place.rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         options["device_id"] = device
+    if place.store is not None:
+        options["store"] = dist.TCPStore(*place.store, is_master=False)  # type: ignore[attr-defined]
+    else:
+        options["init_method"] = place.init_method
     dist.init_process_group(
         "nccl" if medium == "nccl" else "gloo",
-        init_method=place.init_method,
         rank=place.rank,
         world_size=place.world_size,
         timeout=timedelta(seconds=timeout_s),

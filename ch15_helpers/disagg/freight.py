@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,12 +37,17 @@ class Batch:
 
 
 class Freight:
-    """Fills messages from one pool, and the pool from messages."""
+    """Fills messages from one pool, and the pool from messages.
+
+    Attributes:
+        processor_s: time of the calling thread's processor for that, digests included.
+    """
 
     def __init__(self, pool: RegisteredPool, clock: Clock, verify: bool) -> None:
         self.pool = pool
         self._clock, self._verify = clock, verify
         self._checksums: dict[int, Checksum] = {}
+        self.processor_s = 0.0
 
     def pieces(self, batch: Batch, buffer: Tensor) -> list[Tensor]:
         """How a message is divided, the same on both sides."""
@@ -52,7 +60,11 @@ class Freight:
         Rows that are sent from the pool itself may be overwritten if the transfer is given up
         meanwhile; their digests tell. Those are computed when the wire takes the tags.
         """
-        transfer, began_s = batch.transfer, self._clock()
+        with self._timed(batch.transfer):
+            self._fill(batch, message, zero_copy)
+
+    def _fill(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
+        transfer = batch.transfer
         tags, rows = split(message.buffer, len(batch))
         message.pieces = self.pieces(batch, message.buffer)
         if transfer.state is not TransferState.PENDING:
@@ -64,24 +76,22 @@ class Freight:
         if zero_copy and len(message.pieces) > 1:
             own = self.pool.memory(blocks, transfer.part)
         if own is not None:
-            rows = own
             message.pieces[0] = own.view(-1)
-            message.complete = partial(self._seal, batch, tags, rows)
+            message.complete = partial(self._seal, batch, tags, own)
         else:
             digests = []
             for some in self._groups(rows):
                 self.pool.pack(blocks[some], transfer.part, rows[some])
                 digests.append(self._digests(rows[some]) if self._verify else _no_digests(some))
             write_tags(tags, refs, transfer.part, torch.cat(digests))
-        transfer.pack_s += self._clock() - began_s
 
     def _seal(self, batch: Batch, tags: Tensor, rows: Tensor) -> None:
-        transfer, began_s = batch.transfer, self._clock()
-        groups = self._groups(rows)
-        digests = [self._digests(rows[g]) if self._verify else _no_digests(g) for g in groups]
-        refs = transfer.refs[batch.start : batch.stop]
-        write_tags(tags, refs, transfer.part, torch.cat(digests))
-        transfer.pack_s += self._clock() - began_s
+        transfer = batch.transfer
+        with self._timed(transfer):
+            groups = self._groups(rows)
+            digests = [self._digests(rows[g]) if self._verify else _no_digests(g) for g in groups]
+            refs = transfer.refs[batch.start : batch.stop]
+            write_tags(tags, refs, transfer.part, torch.cat(digests))
 
     def aim(self, batch: Batch) -> Tensor | None:
         """Memory of the pool that a message's rows may be received into, if there is any.
@@ -101,7 +111,21 @@ class Freight:
 
     def land(self, batch: Batch, message: WireMessage) -> None:
         """Examine a message and write what is intact to the pool, where it is not there yet."""
-        transfer, began_s = batch.transfer, self._clock()
+        with self._timed(batch.transfer):
+            self._land(batch, message)
+
+    @contextmanager
+    def _timed(self, transfer: Transfer) -> Iterator[None]:
+        began_s, processor_s = self._clock(), time.thread_time()
+        yield
+        self.processor_s += time.thread_time() - processor_s
+        if transfer.sending:
+            transfer.pack_s += self._clock() - began_s
+        else:
+            transfer.place_s += self._clock() - began_s
+
+    def _land(self, batch: Batch, message: WireMessage) -> None:
+        transfer = batch.transfer
         tags, rows = split(message.buffer, len(batch))
         if message.direct:
             rows = message.pieces[0].view(len(batch), -1)
@@ -112,7 +136,6 @@ class Freight:
             if not message.direct:
                 self.pool.unpack(rows, blocks, transfer.part)
             transfer.report.landed.update(range(batch.start, batch.stop))
-        transfer.place_s += self._clock() - began_s
 
     def _land_verified(self, batch: Batch, tags: Tags, rows: Tensor, direct: bool) -> None:
         if tags.void:

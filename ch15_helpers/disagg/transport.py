@@ -107,6 +107,16 @@ class BlockTransport:
         self._over: list[Transfer] = []
         self._lanes = Lanes(wire)
 
+    @property
+    def num_pending(self) -> int:
+        """Transfers that are not over."""
+        return len(self._active)
+
+    @property
+    def copy_processor_s(self) -> float:
+        """Processor time of this thread for copies and digests so far."""
+        return self._freight.processor_s if self._freight is not None else 0.0
+
     # ---- the protocol ----------------------------------------------------------------------
 
     def register(self, pool: RegisteredPool) -> None:

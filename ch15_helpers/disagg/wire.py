@@ -75,9 +75,13 @@ class Wire(Protocol):
     rank: int
     world_size: int
     device: torch.device
-    window: int
     in_order: bool
-    zero_copy: bool
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def zero_copy(self) -> bool: ...
 
     def new_buffer(self, num_bytes: int) -> Tensor:
         """Memory for a message, uint8 [num_bytes] on ``device``."""

@@ -26,6 +26,7 @@ class Channel:
 
     Attributes:
         closed: the other end is gone, or ``close`` was called.
+        num_sent_bytes: of all messages so far, those still unsent included.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -36,6 +37,7 @@ class Channel:
         self._inbox = bytearray()
         self._outbox = bytearray()
         self.closed = False
+        self.num_sent_bytes = 0
 
     @classmethod
     def connect(cls, host: str, port: int, timeout_s: float = 30.0) -> Channel:
@@ -45,6 +47,11 @@ class Channel:
     def fileno(self) -> int:
         """For ``select``; -1 after ``close``."""
         return self._socket.fileno()
+
+    @property
+    def local_host(self) -> str:
+        """Address of this end: where others on the same network reach this process."""
+        return str(self._socket.getsockname()[0])
 
     @property
     def num_unsent_bytes(self) -> int:
@@ -61,6 +68,7 @@ class Channel:
                 f"a message of {len(body):,} bytes; at most {MAX_MESSAGE_BYTES:,} can be sent"
             )
         self._outbox += len(body).to_bytes(_HEAD_BYTES, "little") + body
+        self.num_sent_bytes += _HEAD_BYTES + len(body)
         self.flush()
 
     def flush(self) -> None:

@@ -71,10 +71,15 @@ class Starter(Protocol):
 
 
 class Launched:
-    """Replica processes that this process started, connected and loaded."""
+    """Replica processes that this process started, connected and loaded.
+
+    Attributes:
+        store: what must live as long as they do; unused here.
+    """
 
     def __init__(self, links: Sequence[Link], process: Starter, log: IO[bytes]):
         self.links = list(links)
+        self.store: Any = None
         self._process = process
         self._log = log
 

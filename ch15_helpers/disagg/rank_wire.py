@@ -1,0 +1,87 @@
+"""The wire of a rank: a real one, with a modelled network around it and faults in it on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ch15_helpers.disagg.clock import Clock
+from ch15_helpers.disagg.fabric import Fabric, FabricWire
+from ch15_helpers.disagg.faults import damage
+from ch15_helpers.disagg.link import LinkModel
+from ch15_helpers.disagg.wire import Wire, WireMessage
+
+WireFault = Literal["stall", "drop_completion", "corrupt", "exchange"]
+"""``stall``: messages that are sent do not move until the wire is closed. ``drop_completion``:
+messages move, and nobody is told. ``corrupt`` and ``exchange``: see ``faults.Fault``."""
+WIRE_FAULTS: tuple[str, ...] = get_args(WireFault)
+
+
+class RankWire:
+    """Passes on to another wire; what lies between may change while nothing is under way."""
+
+    def __init__(self, inner: Wire, clock: Clock) -> None:
+        self._base = self._inner = inner
+        self._clock = clock
+        self._faults: list[WireFault] = []
+        self._stalled: list[WireMessage] = []
+        self._silenced: list[WireMessage] = []
+        self.rank, self.world_size = inner.rank, inner.world_size
+        self.device, self.in_order = inner.device, inner.in_order
+
+    @property
+    def window(self) -> int:
+        """See Wire; a modelled network has a larger one."""
+        return self._inner.window
+
+    @property
+    def zero_copy(self) -> bool:
+        """See Wire; a message that is to be damaged must be a copy."""
+        return self._inner.zero_copy and not self._faults
+
+    def simulate(self, link: LinkModel | None) -> None:
+        """Seem to be this link from now on, or be the real wire again."""
+        wire = self._base
+        self._inner = wire if link is None else FabricWire(wire, Fabric(link, self._clock))
+
+    def fail(self, fault: WireFault, count: int) -> None:
+        """Apply a fault to each of the next ``count`` messages that it is for."""
+        self._faults += [fault] * count
+
+    def new_buffer(self, num_bytes: int) -> Tensor:
+        return self._base.new_buffer(num_bytes)
+
+    def start(self, messages: Sequence[WireMessage]) -> None:
+        going = []
+        for message in messages:
+            fault = self._faults[0] if self._faults else None
+            if fault == "drop_completion":
+                self._faults.pop(0)
+                self._silenced.append(message)
+            elif fault is not None and message.sending:
+                self._faults.pop(0)
+                message.seal()
+                if fault == "stall":
+                    self._stalled.append(message)
+                    continue
+                damage(message.buffer, message.num_blocks, fault, 0)
+            going.append(message)
+        if going:
+            self._inner.start(going)
+
+    def finished(self) -> list[tuple[WireMessage, str | None]]:
+        done = self._inner.finished()
+        if not self._silenced:
+            return done
+        return [each for each in done if not any(each[0] is mute for mute in self._silenced)]
+
+    def next_event_s(self) -> float | None:
+        return self._inner.next_event_s()
+
+    def wait(self, timeout_s: float) -> None:
+        self._base.wait(timeout_s)
+
+    def close(self) -> None:
+        self._inner.close()
