@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
 
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.fused_moe import fused_moe
 from ch15_helpers.kernels.kv_write import write_kv
 from ch15_helpers.kernels.paged_attention import paged_attention
 from ch15_helpers.kernels.rms_norm import rms_norm
 from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache
+from ch15_helpers.kernels.rope_kv_write import rope_and_write_kv
 from ch15_helpers.kernels.swiglu import swiglu
 
 pytestmark = [
@@ -145,3 +148,56 @@ def test_write_kv_writes_its_slots_and_nothing_else(layer_major):
             assert torch.equal(pages[where], torch.stack((k[row], v[row])))
             before[where] = pages[where]
     assert torch.equal(pages, before)
+
+
+@pytest.mark.parametrize("layer_major", [False, True], ids=["block_major", "layer_major"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128), (5, 1, 96)])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_rope_and_write_kv_in_one_launch(heads, kv_heads, head_dim, dtype, layer_major):
+    pages, _ = pages_and_batch([1], [90], kv_heads, head_dim, 16, dtype, layer_major)
+    expected_pages = pages.clone()
+    qkv = torch.randn(5, heads + 2 * kv_heads, head_dim, device="cuda", dtype=dtype)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+    table = build_cos_sin_cache(head_dim, 500, 1e4, device="cuda")
+    positions = torch.tensor([0, 3, 17, 99, 400], device="cuda")
+    slots = torch.tensor([3, -1, 47, 16, -1], device="cuda")
+    expected_q, rotated_k = apply_rope(q, k, table, positions)
+    write_kv(expected_pages[:, 1, 0], expected_pages[:, 1, 1], rotated_k, v, slots)
+    cache = pages[:, 1, 0], pages[:, 1, 1]
+    out = rope_and_write_kv(q, k, v, *cache, table, positions, slots)
+    assert torch.equal(out, expected_q)
+    assert torch.equal(pages, expected_pages)
+
+
+def test_what_the_kernels_do_not_take_falls_back_and_says_so():
+    wide = torch.randn(4, 64, device="cuda", dtype=torch.float64)
+    with pytest.warns(UserWarning, match="do not take torch.float64"):
+        out = swiglu(wide)
+    gate, up = wide.chunk(2, -1)
+    assert relative_error(out, gate * gate.sigmoid() * up) < 1e-12
+    pages, batch = pages_and_batch([2], [40], 1, 320, 16, torch.bfloat16, False)
+    q = torch.randn(2, 2, 320, device="cuda", dtype=torch.bfloat16)
+    k, v = pages[:, 1, 0], pages[:, 1, 1]
+    with pytest.warns(UserWarning, match="head_dim is 320"):
+        out = paged_attention(q, k, v, batch, 320**-0.5)
+    assert relative_error(out, attention_float64(q, k, v, batch, 320**-0.5)) < 2e-2
+    x, weights = torch.randn(3, 36, device="cuda"), torch.rand(3, 2, device="cuda")
+    experts = torch.tensor([[0, 1], [1, 0], [0, 1]], device="cuda")
+    gate_up, down = torch.randn(2, 20, 36, device="cuda"), torch.randn(2, 36, 10, device="cuda")
+    with pytest.warns(UserWarning, match="cannot take torch.float32 experts of 36 x 10"):
+        out = fused_moe(x, gate_up, down, weights, experts)
+    inner = [swiglu(x.double().cpu() @ gate_up[e].double().cpu().T) for e in range(2)]
+    outs = torch.stack([inner[e] @ down[e].double().cpu().T for e in range(2)], 1)
+    mixed = torch.zeros(3, 2, dtype=torch.float64).scatter_(
+        1, experts.cpu(), weights.double().cpu()
+    )
+    assert relative_error(out.cpu(), (mixed[:, :, None] * outs).sum(1)) < 1e-5
+
+
+def test_a_fallback_is_said_once():
+    wide = torch.randn(4, 64, device="cuda", dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            swiglu(wide)
+    assert len(said) == 1

@@ -13,6 +13,7 @@ from modelzoo import relative_error
 from ch15_helpers.kernels.kv_write import write_kv
 from ch15_helpers.kernels.rms_norm import rms_norm
 from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache, inverse_frequencies
+from ch15_helpers.kernels.rope_kv_write import rope_and_write_kv
 from ch15_helpers.kernels.swiglu import swiglu
 from ch15_helpers.model.config import Llama3RopeScaling
 
@@ -160,3 +161,19 @@ def test_write_kv_without_a_host_sync(slots: list[int]) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(pages, expected)
+
+
+def test_rotating_and_writing_together_is_one_after_the_other(device: str) -> None:
+    torch.manual_seed(0)
+    pages = torch.randn(2, 6, 16, 2, 32, device=device)
+    together = pages.clone()
+    qkv = torch.randn(5, 8, 32, device=device)
+    q, k, v = qkv.split((4, 2, 2), 1)
+    table = build_cos_sin_cache(32, 500, 1e4, device=device)
+    positions = torch.tensor([0, 3, 17, 99, 400], device=device)
+    slots = torch.tensor([3, -1, 47, 16, -1], device=device)
+    rotated_q, rotated_k = apply_rope(q, k, table, positions)
+    write_kv(pages[0], pages[1], rotated_k, v, slots)
+    out = rope_and_write_kv(q, k, v, together[0], together[1], table, positions, slots)
+    assert torch.equal(out, rotated_q)
+    assert torch.equal(together, pages)

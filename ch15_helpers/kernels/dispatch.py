@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 
 import torch
 from torch import Tensor
+
+_TOO_WIDE = (torch.float64, torch.complex64, torch.complex128)
 
 
 @functools.cache
@@ -16,8 +19,18 @@ def triton_installed() -> bool:
 
 
 def use_triton(*tensors: Tensor) -> bool:
-    """Whether all tensors are on a CUDA device with contiguous last axes, and Triton is there."""
-    return all(t.is_cuda and t.stride(-1) == 1 for t in tensors) and triton_installed()
+    """Whether all tensors are on a CUDA device with contiguous last axes, and Triton is there.
+
+    The kernels add in float32: wider types are left to torch, with a warning.
+    """
+    if not (all(t.is_cuda and t.stride(-1) == 1 for t in tensors) and triton_installed()):
+        return False
+    wide = next((t.dtype for t in tensors if t.dtype in _TOO_WIDE), None)
+    if wide is not None:
+        warnings.warn(
+            f"torch computes this, not a Triton kernel: they take no {wide}", stacklevel=3
+        )
+    return wide is None
 
 
 @functools.cache

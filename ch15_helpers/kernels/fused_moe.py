@@ -8,6 +8,8 @@ writes first spends ten small operations on each of them.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
@@ -74,10 +76,13 @@ def fused_moe(
     if x.shape[0] == 0:
         return torch.empty_like(x)
     hidden, inner = down.shape[1:]
-    if use_triton(x, gate_up, down) and can_fuse(x.device, down.dtype, hidden, inner):
-        from ch15_helpers.kernels.fused_moe_triton import fused_moe_triton
+    if use_triton(x, gate_up, down):
+        if can_fuse(x.device, down.dtype, hidden, inner):
+            from ch15_helpers.kernels.fused_moe_triton import fused_moe_triton
 
-        return fused_moe_triton(x, gate_up, down, weights, experts, scales)
+            return fused_moe_triton(x, gate_up, down, weights, experts, scales)
+        sizes = f"{down.dtype} experts of {hidden} x {inner}"
+        warnings.warn(f"the fused MoE kernels cannot take {sizes}: torch does", stacklevel=2)
     return fused_moe_torch(x, gate_up, down, weights, experts, scales)
 
 
@@ -154,10 +159,13 @@ def _look(flat: Tensor, down: Tensor, x: Tensor) -> tuple[bool, bool]:
         lowest, highest = (int(bound) for bound in flat.aminmax())
         return lowest >= 0 and highest < down.shape[0], False
     ids = flat.tolist()
-    known = [expert for expert in ids if 0 <= expert < down.shape[0]]
+    ours = min(ids) >= 0 and max(ids) < down.shape[0]
+    if ours and len(ids) > _PAIRS_PER_EXPERT * down.shape[0]:
+        return ours, False
+    known = ids if ours else [expert for expert in ids if 0 <= expert < down.shape[0]]
     few = x.dtype == torch.float32 and len(known) <= _PAIRS_PER_EXPERT * len(set(known))
-    few &= len(known) < _FEWEST_COPIES or not _fits(len(known), down)
-    return len(known) == len(ids), few
+    few = few and (len(known) < _FEWEST_COPIES or not _fits(len(known), down))
+    return ours, few
 
 
 def _fits(num_pairs: int, down: Tensor) -> bool:

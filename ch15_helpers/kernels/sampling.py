@@ -17,6 +17,7 @@ from torch import Tensor
 from ch15_helpers.kernels.dispatch import use_triton
 
 INVALID_TOKEN = -1  # of a row whose largest logit is not finite
+_MAX_VOCAB = 1 << 19  # of the Triton kernel, whose sums are exact up to there
 _ROWS_AT_ONCE = 64  # bounds the float64 temporaries: 64 rows of a 128k vocabulary are 64 MiB
 _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -46,7 +47,7 @@ def sample_tokens(
         int64 [rows], ``INVALID_TOKEN`` for a row with a NaN, or whose largest logit is infinite.
     """
     arguments = (logits, temperatures, top_ks, top_ps, seeds, offsets)
-    if logits.shape[0] and use_triton(*arguments):
+    if logits.shape[0] and logits.shape[1] <= _MAX_VOCAB and use_triton(logits):
         from ch15_helpers.kernels.sampling_triton import sample_tokens_triton
 
         return sample_tokens_triton(*arguments)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 _INF = tl.constexpr(float("inf"))
-_ONE = tl.constexpr(float(1 << 40))
+_ONE = tl.constexpr(float(1 << 34))
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def load_tile(row_ptr, tile, vocab, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def weigh(x, highest, scale):
-    return (tl.exp2((x - highest) * scale) * _ONE).to(tl.int64)
+    return tl.floor(tl.exp2((x - highest) * scale) * _ONE).to(tl.float64)
 
 
 @triton.jit
@@ -87,17 +87,22 @@ def survey(row_ptr, vocab, first, last, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _whole(sums):
+    return tl.sum(sums, 0).to(tl.int64)
+
+
+@triton.jit
 def _sweep(row_ptr, vocab, first, last, floor, lo, hi, e1, e2, e3, e4, highest, scale,
            MASS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Sums of weights (else counts) of logits from ``floor`` on, and from each edge to ``hi``.
 
     Also the smallest and the largest logit from ``lo`` to ``hi``.
     """
-    s0 = tl.zeros([C], tl.int64)
-    s1 = tl.zeros([C], tl.int64)
-    s2 = tl.zeros([C], tl.int64)
-    s3 = tl.zeros([C], tl.int64)
-    s4 = tl.zeros([C], tl.int64)
+    s0 = tl.zeros([C], tl.float64 if MASS else tl.int32)
+    s1 = tl.zeros([C], tl.float64 if MASS else tl.int32)
+    s2 = tl.zeros([C], tl.float64 if MASS else tl.int32)
+    s3 = tl.zeros([C], tl.float64 if MASS else tl.int32)
+    s4 = tl.zeros([C], tl.float64 if MASS else tl.int32)
     low = tl.full([C], _INF, tl.float32)
     top = tl.full([C], -_INF, tl.float32)
     for tile in range(first, last):
@@ -105,7 +110,7 @@ def _sweep(row_ptr, vocab, first, last, floor, lo, hi, e1, e2, e3, e4, highest, 
         if MASS:
             weight = weigh(x, highest, scale)
         else:
-            weight = tl.full([R, C], 1, tl.int64)
+            weight = tl.full([R, C], 1, tl.int32)
         s0 += tl.sum(tl.where(x >= floor, weight, 0), 0)
         x = tl.where(x <= hi, x, -_INF)
         s1 += tl.sum(tl.where(x >= e1, weight, 0), 0)
@@ -114,8 +119,8 @@ def _sweep(row_ptr, vocab, first, last, floor, lo, hi, e1, e2, e3, e4, highest, 
         s4 += tl.sum(tl.where(x >= e4, weight, 0), 0)
         low = tl.minimum(low, tl.min(tl.where(x >= lo, x, _INF), 0))
         top = tl.maximum(top, tl.max(x, 0))
-    sums = (tl.sum(s0, 0), tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0))
-    return sums[0], sums[1], sums[2], sums[3], sums[4], tl.min(low, 0), tl.max(top, 0)
+    s0, s1, s2 = _whole(s0), _whole(s1), _whole(s2)
+    return s0, s1, s2, _whole(s3), _whole(s4), tl.min(low, 0), tl.max(top, 0)
 
 
 @triton.jit

@@ -7,9 +7,10 @@ between the lowest and the highest candidate, which leaves a fifth of the interv
 the logits in it (the search for a pivot in FlashInfer's sampling kernels, 2025, is a relative).
 Five to nine sweeps find it. The k-th largest logit is found in the same way, by counts.
 
-Weights are whole numbers, ``exp((logit - highest) / temperature) * 2**40``. Their sums do not
-depend on the order of adding, so a row's token is the same whichever way the row is split and
-whatever else is in the batch. A token 2**40 times less likely than the best is never drawn.
+Weights are whole numbers, ``exp((logit - highest) / temperature) * 2**34``, held in float64, which
+adds them without rounding as long as a row has at most 2**19 logits. Their sums do not depend on
+the order of adding, so a row's token is the same whichever way the row is split and whatever else
+is in the batch. A token 2**34 times less likely than the best is never drawn.
 
 With few rows, several programs share a row and meet at a counter in memory after each sweep. All
 of them run at once, since there are no more of them than multiprocessors.
@@ -60,22 +61,22 @@ def _pick(row_ptr, vocab, first, last, cut, highest, scale, draw, R: tl.constexp
     while (draw >= tile_sum) & (tile < last):
         draw -= tile_sum
         x, _ = load_tile(row_ptr, tile, vocab, R, C)
-        tile_sum = tl.sum(tl.sum(tl.where(x >= cut, weigh(x, highest, scale), 0), 0), 0)
+        tile_sum = tl.sum(tl.sum(tl.where(x >= cut, weigh(x, highest, scale), 0.0), 0), 0)
         tile += 1
     tile -= 1
     token = tile * (R * C) + tl.arange(0, R * C)
     x = tl.load(row_ptr + token, mask=token < vocab, other=-_INF).to(tl.float32)
-    passed = tl.cumsum(tl.where(x >= cut, weigh(x, highest, scale), 0), 0) > draw
+    passed = tl.cumsum(tl.where(x >= cut, weigh(x, highest, scale), 0.0), 0) > draw
     return tl.min(tl.where(passed, token, 2147483647), 0)
 
 
 @triton.jit
 def _mass(row_ptr, vocab, first, last, cut, highest, scale, R: tl.constexpr, C: tl.constexpr):
-    total = tl.zeros([C], tl.int64)
+    total = tl.zeros([C], tl.float64)
     for tile in range(first, last):
         x, _ = load_tile(row_ptr, tile, vocab, R, C)
-        total += tl.sum(tl.where(x >= cut, weigh(x, highest, scale), 0), 0)
-    return tl.sum(total, 0)
+        total += tl.sum(tl.where(x >= cut, weigh(x, highest, scale), 0.0), 0)
+    return tl.sum(total, 0).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["vocab"])
@@ -175,7 +176,9 @@ def _sample_kernel(
     number = (_splitmix64(_splitmix64(seed) ^ offset) >> 11).to(tl.float64) * (1.0 / (1 << 53))
     draw = tl.minimum((number * total.to(tl.float64)).to(tl.int64), total - 1)
     if (draw >= before) & (draw < before + mass):
-        token = _pick(row_ptr, vocab, first, last, cut, highest, scale, draw - before, R, C)
+        token = _pick(
+            row_ptr, vocab, first, last, cut, highest, scale, (draw - before).to(tl.float64), R, C
+        )
         tl.store(ids_ptr + row, token.to(tl.int64))
 
 

@@ -15,15 +15,13 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from ch15_helpers.kernels.batch import BatchMetadata
-from ch15_helpers.kernels.kv_quant import write_kv_quantised
-from ch15_helpers.kernels.kv_write import write_kv
 from ch15_helpers.kernels.linear import linear
-from ch15_helpers.kernels.paged_attention import paged_attention
 from ch15_helpers.kernels.rms_norm import rms_norm
 from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache, rope_rows
 from ch15_helpers.kernels.swiglu import swiglu
 from ch15_helpers.model.config import ModelConfig
 from ch15_helpers.model.moe import MoEBlock
+from ch15_helpers.model.paged_attend import PagedAttend
 
 if TYPE_CHECKING:
     from ch15_helpers.model.tokenizer import Tokenizer
@@ -121,8 +119,11 @@ class DecoderLayer:
             residual, x = hidden, rms_norm(hidden, self.input_norm, eps)
         else:
             x, residual = rms_norm(hidden, self.input_norm, eps, residual)
-        q, k, v = self.project_qkv(x, positions, cos_sin_cache, rows)
-        mixed = attend(q, k, v).flatten(1)
+        q, k, v = self._project(x)
+        if isinstance(attend, PagedAttend):
+            mixed = attend.rotated(q, k, v, cos_sin_cache, positions, rows).flatten(1)
+        else:
+            mixed = attend(*apply_rope(q, k, cos_sin_cache, positions, rows), v).flatten(1)
         x, residual = rms_norm(
             linear(mixed, self.o_proj, self.o_bias), self.post_attention_norm, eps, residual
         )
@@ -136,13 +137,16 @@ class DecoderLayer:
         rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values of normalised hidden states [N, hidden]."""
+        q, k, v = self._project(x)
+        return *apply_rope(q, k, cos_sin_cache, positions, rows), v
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         qkv = linear(x, self.qkv_proj, self.qkv_bias).view(len(x), -1, self.config.head_dim)
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, self.config.rms_norm_eps)
             k = rms_norm(k, self.k_norm, self.config.rms_norm_eps)
-        q, k = apply_rope(q, k, cos_sin_cache, positions, rows)
         return q, k, v
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -269,21 +273,11 @@ class Transformer:
         kv_scales: Tensor | None = None,
     ) -> Attend:
         """The attention of one layer over its pages: what :class:`DecoderLayer` calls."""
-        k_cache, v_cache = pages[:, layer_index, 0], pages[:, layer_index, 1]
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            write_kv(k_cache, v_cache, k, v, batch.slot_mapping, batch.scratch)
-            return paged_attention(q, k_cache, v_cache, batch, self.scale, backend)
-
-        if kv_scales is None:
-            return attend
-        scales = kv_scales[:, layer_index, 0], kv_scales[:, layer_index, 1]
-
-        def attend_quantised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            write_kv_quantised(k_cache, v_cache, *scales, k, v, batch)
-            return paged_attention(q, k_cache, v_cache, batch, self.scale, backend, *scales)
-
-        return attend_quantised
+        caches = pages[:, layer_index, 0], pages[:, layer_index, 1]
+        scales = None
+        if kv_scales is not None:
+            scales = kv_scales[:, layer_index, 0], kv_scales[:, layer_index, 1]
+        return PagedAttend(*caches, batch, self.scale, backend, scales)
 
     @torch.inference_mode()
     def forward_dense(self, token_ids: Tensor) -> Tensor:
