@@ -23,7 +23,8 @@ from ch15_helpers.moe.model_study import ModelStudy, ModelVersion
 from ch15_helpers.moe.modelled_link import ModelledLink
 from ch15_helpers.moe.placement import ExpertPlacement
 from ch15_helpers.moe.rebalance import serve_under_drift
-from ch15_helpers.moe.study import LayerStudy, Version
+from ch15_helpers.moe.study import LayerStudy, Version, make_link
+from ch15_helpers.moe.topics import route_topics
 from ch15_helpers.moe.traffic import count_links
 
 STUDY = LayerStudy(
@@ -153,11 +154,29 @@ def test_what_studies_cannot_do_is_refused():
         launch_studies([STUDY, dataclasses.replace(STUDY, device="cuda")])
     with pytest.raises(MoEError, match="between 1 and 4"):
         ModelStudy(2, "m", (ModelVersion("a", batches=5),))
-    with pytest.raises(MoEError, match="positive rate"):
+    with pytest.raises(MoEError, match="positive rates"):
         ModelledLink(0.0, 0.0)
 
 
 def test_a_modelled_link_takes_its_latency_and_the_fuller_direction():
     link = ModelledLink(latency_s=2.0, port_GBps=1.0)
-    assert link.seconds(3_000_000_000, 1_000_000_000) == 5.0
-    assert link.seconds(0, 0) == 0.0
+    assert link.cost_s(0, [0, 1], [9, 3_000_000_000], [9, 1_000_000_000]) == (2.0, 3.0)
+    assert link.cost_s(0, [0, 1], [5, 0], [5, 0]) == (0.0, 0.0)
+    nodes = make_link((2.0, 1.0, 2, 0.5, 10.0))
+    far, near = 1_000_000_000, 40_000_000_000
+    # The ports work at once: inside 4 s, between nodes 2 s for the two ranks over there.
+    assert nodes.cost_s(1, range(4), [near, 0, far, far], [0] * 4) == (2.0, 4.0)
+    assert nodes.cost_s(1, [0, 1], [near, 7], [0, 7]) == (0.5, 4.0)
+
+
+def test_experts_of_a_topic_work_together():
+    weights, ids = route_topics(500, 12, 3, 4, mixed=0.0, seed=1)
+    assert ((ids % 4) == (ids[:, :1] % 4)).all()
+    assert ids.sort(-1).values.diff(dim=-1).min() > 0
+    assert torch.allclose(weights.sum(-1), torch.ones(500))
+    assert torch.equal(ids, route_topics(500, 12, 3, 4, mixed=0.0, seed=1)[1])
+    mixed = route_topics(500, 12, 3, 4, mixed=0.2, seed=1)[1]
+    alone = ((mixed % 4) == (mixed[:, :1] % 4)).all(-1).float().mean()
+    assert 0.78 < alone < 0.9
+    with pytest.raises(MoEError, match="topics of 3 experts"):
+        route_topics(5, 12, 4, 4)

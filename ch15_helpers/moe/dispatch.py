@@ -209,11 +209,11 @@ class Exchange:
         """When the modelled link is done, were all ranks to start now; 0 without one."""
         if self.link is None:
             return 0.0
-        away = [row_bytes * (sum(rows) - rows[self.rank]) for rows in (sent, received)]
-        start_s = max(time.perf_counter(), self._port_free_s)  # messages queue at the port
-        due_s = start_s + self.link.seconds(*away)
-        self._port_free_s = max(start_s, due_s - self.link.latency_s)
-        return due_s
+        sizes = ([rows * row_bytes for rows in way] for way in (sent, received))
+        latency_s, wire_s = self.link.cost_s(self.ranks[self.rank], self.ranks, *sizes)
+        # Messages queue at the port; latencies overlap.
+        self._port_free_s = max(time.perf_counter(), self._port_free_s) + wire_s
+        return self._port_free_s + latency_s
 
     def _count(self, what: str, rows: Sequence[int], row_bytes: int) -> None:
         me = self.ranks[self.rank]

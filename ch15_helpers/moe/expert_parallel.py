@@ -21,6 +21,7 @@ from ch15_helpers.model.moe import MoEBlock
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.moe.dispatch import Dispatcher, Exchange, Link, Pending, Trip
 from ch15_helpers.moe.experts import ExpertWeights
+from ch15_helpers.moe.modelled_link import ModelledLink
 from ch15_helpers.moe.placement import ExpertPlacement, SlotChooser
 from ch15_helpers.moe.routing import drop_over_capacity, expert_capacity
 from ch15_helpers.moe.wire import WireFormat
@@ -105,6 +106,10 @@ class ExpertParallel:
     def link_bytes(self) -> Counter[Link]:
         """Bytes that this rank has sent over each link since it was made."""
         return Counter(self.exchange.link_bytes)
+
+    def model_link(self, link: ModelledLink | None) -> None:
+        """Hold back what arrives as ``link`` would, from now on; None stops that."""
+        self.exchange.link = link
 
     @property
     def row_bytes(self) -> tuple[int, int]:

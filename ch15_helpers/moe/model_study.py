@@ -27,10 +27,9 @@ from ch15_helpers.moe.expert_parallel import (
 )
 from ch15_helpers.moe.experts import ExpertWeights
 from ch15_helpers.moe.model_overlap import forward_dense_overlapped
-from ch15_helpers.moe.modelled_link import ModelledLink
 from ch15_helpers.moe.overlap import time_versions
 from ch15_helpers.moe.placement import ExpertPlacement
-from ch15_helpers.moe.study import held_by
+from ch15_helpers.moe.study import held_by, make_link
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class ModelVersion:
     overlap: bool = False
     fp8: bool = False
     ranks_per_node: int | None = None
-    link: tuple[float, float] | None = None
+    link: tuple[float, ...] | None = None
     shift: bool = False
 
 
@@ -143,7 +142,7 @@ def _sharded(
     for layer, weights in zip(model.layers, whole, strict=True):
         assert isinstance(layer.mlp, ExpertParallelBlock)
         parallel = layer.mlp.layer
-        parallel.exchange.link = ModelledLink(*version.link) if version.link else None
+        parallel.model_link(make_link(version.link))
         if version.shift:
             parallel.adopt(held_by(weights, placement, rank, True), placement)
     return model

@@ -27,6 +27,7 @@ from ch15_helpers.moe.overlap import forward_overlapped, forward_sequential, tim
 from ch15_helpers.moe.overlap_model import PhaseTimes
 from ch15_helpers.moe.placement import ExpertPlacement
 from ch15_helpers.moe.routing import SyntheticRouter
+from ch15_helpers.moe.topics import route_topics
 from ch15_helpers.moe.topology import NodeGroups, make_expert_parallel, make_node_groups
 
 
@@ -39,7 +40,7 @@ class Version:
         overlap: shared expert and chunks beside the transfers; else phase after phase.
         num_chunks: parts of a batch, with ``overlap``.
         slots: experts of each rank's slots; None is the even placement.
-        link: latency in s and port's rate in GB/s of a modelled link; None is the real one alone.
+        link: numbers of a ``ModelledLink``, in its order; None is the real link alone.
         bare: the collectives of this version with the same sizes, and nothing else: their limit.
         shift: a mutation that results must show: every rank holds its experts one slot too far.
     """
@@ -49,13 +50,13 @@ class Version:
     overlap: bool = False
     num_chunks: int = 1
     slots: tuple[tuple[int, ...], ...] | None = None
-    link: tuple[float, float] | None = None
+    link: tuple[float, ...] | None = None
     bare: bool = False
     shift: bool = False
 
     def __post_init__(self) -> None:
-        if self.config.ranks_per_node is not None and (self.bare or self.link):
-            raise MoEError(f"version {self.name!r}: bare and link are for one level of dispatch")
+        if self.config.ranks_per_node is not None and self.bare:
+            raise MoEError(f"version {self.name!r}: bare is for one level of dispatch")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class LayerStudy:
         tokens: for each point of the study, tokens of each rank.
         shared_inner: inner size of the shared expert; 0 for none.
         skew: of the synthetic router (Zipf). dtype: name, e.g. "bfloat16".
+        topics: above 0, experts with the same remainder by it work together; see ``route_topics``.
         device: "cpu" (gloo) or "cuda" (NCCL, one GPU for each rank).
         iterations: timed rounds, after ``warmup``.
     """
@@ -79,6 +81,7 @@ class LayerStudy:
     tokens: tuple[tuple[int, ...], ...]
     shared_inner: int = 0
     skew: float = 0.0
+    topics: int = 0
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
@@ -128,6 +131,10 @@ class LayerStudy:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + point * 1009 + rank)
         size = self.tokens[point][rank]
         x = torch.randn(size, self.hidden, generator=generator)
+        if self.topics:
+            seed = (self.seed * 1009 + point) * self.num_ranks + rank
+            routing = route_topics(size, self.num_experts, self.top_k, self.topics, seed=seed)
+            return x.to(getattr(torch, self.dtype)), *routing
         router = SyntheticRouter(self.num_experts, self.top_k, skew=self.skew, seed=self.seed)
         for _ in range(point * self.num_ranks + rank):
             router.route(1)
@@ -173,7 +180,7 @@ def run_study(study: LayerStudy, rank: int, device: torch.device) -> list[StudyR
         for version, placement in zip(study.versions, placements, strict=True)
     ]  # fmt: skip
     for version, layer in zip(study.versions, layers, strict=True):
-        layer.exchange.link = ModelledLink(*version.link) if version.link else None
+        layer.model_link(make_link(version.link))
     rows: list[StudyRow] = []
     for point in range(len(study.tokens)):
         x, factors, experts = (part.to(device) for part in study.batch(point, rank))
@@ -181,6 +188,16 @@ def run_study(study: LayerStudy, rank: int, device: torch.device) -> list[StudyR
         expected = expected if shared is None else expected + shared(x)
         rows += _run_point(study, point, layers, shared, (x, factors, experts), expected)
     return rows
+
+
+def make_link(numbers: tuple[float, ...] | None) -> ModelledLink | None:
+    """The modelled link of a version; see ``Version.link``."""
+    if numbers is None:
+        return None
+    latency_s, rate, *node = numbers
+    if not node:
+        return ModelledLink(latency_s, rate)
+    return ModelledLink(latency_s, rate, int(node[0]), *node[1:])
 
 
 def held_by(

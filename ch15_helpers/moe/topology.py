@@ -26,6 +26,7 @@ from ch15_helpers.moe.expert_parallel import (
     wire_format,
 )
 from ch15_helpers.moe.experts import ExpertWeights
+from ch15_helpers.moe.modelled_link import ModelledLink
 from ch15_helpers.moe.placement import ExpertPlacement
 
 
@@ -120,6 +121,9 @@ class HierarchicalExpertParallel(ExpertParallel):
     @property
     def link_bytes(self) -> Counter[Link]:
         return self._across.link_bytes + self._inside.link_bytes
+
+    def model_link(self, link: ModelledLink | None) -> None:
+        self._across.link = self._inside.link = link
 
     def compute(self, arrived: Pending, dtype: torch.dtype) -> Tensor:
         """Spread what arrived inside the node, run it, and add up the node's results."""
