@@ -17,7 +17,7 @@ SCRIPTS := _build/extra/vendor/config.js
 SITE := _build/html/.stamp
 NBVAL := --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600
 
-.PHONY: help setup vendor book execute lab test lint types unit outputs browser screenshots clean
+.PHONY: help setup vendor book execute lab test lint types unit outputs peers browser screenshots clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -62,6 +62,9 @@ unit: $(SCRIPTS) browser
 
 outputs: $(READY)
 	@"$(PY)" -m pytest $(NBVAL) -o timeout=900 book
+
+peers: $(READY) ## beside vLLM and FlashInfer on this GPU, where they are installed
+	@"$(PY)" -m ch15_helpers.bench.production_peers
 
 browser: $(READY)
 	@"$(PY)" tests/browser.py --install

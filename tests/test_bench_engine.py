@@ -10,7 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from ch15_helpers.bench import engine as bench
-from ch15_helpers.bench.engine import VLLM, EngineRow, Load, gpu_suites
+from ch15_helpers.bench.engine import EngineRow, Load, gpu_suites
+from ch15_helpers.bench.records import ENGINE
 from ch15_helpers.bench.roofline import generate_limit_s
 from ch15_helpers.hardware import Ceilings
 from ch15_helpers.model.config import LLAMA3_8B, TINY
@@ -21,7 +22,7 @@ CEILINGS = Ceilings(4350.0, 4300.0, {"bfloat16": 757.0}, 17.0, 55.0)
 def test_limits_are_those_of_the_comparison() -> None:
     """shared/PERFORMANCE.md: about 7,700 tok/s, 3.5 ms a token, 0.68 s on an H200."""
     named = {load.name: load for suite in gpu_suites() for load in suite.loads}
-    assert set(VLLM) <= set(named)
+    assert set(ENGINE) <= set(named)
     many = named["128 requests"]
     assert sum(many.prompts) == pytest.approx(72_700, abs=100)
 

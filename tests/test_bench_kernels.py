@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from ch15_helpers.bench.kernels import (
-    FLASHINFER_TBPS,
     Case,
     attention_row,
     cpu_cases,
     gpu_cases,
     make_inputs,
 )
+from ch15_helpers.bench.records import ATTENTION
 from ch15_helpers.hardware import Ceilings, HardwareProfile
 
 SMALL = Case("decode", "small", (1, 3), (40, 7), heads=4, kv_heads=2, head_dim=16)
@@ -57,5 +57,5 @@ def test_the_timed_call_attends_over_its_own_pages() -> None:
 def test_cases_have_distinct_names_and_peers_belong_to_some() -> None:
     names = [(case.kernel, case.name) for case in gpu_cases()]
     assert len(names) == len(set(names))
-    assert {("decode", name) for name in FLASHINFER_TBPS} <= set(names)
+    assert {("decode", name) for name in ATTENTION} <= set(names)
     assert {case.kernel for case in cpu_cases()} == {"decode", "prefill"}

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from ch15_helpers.bench.expectations import write_json_atomically
 from ch15_helpers.bench.profiling import profiled
+from ch15_helpers.bench.records import fastest_peer
 from ch15_helpers.bench.roofline import decode_step_work, limit_s, prefill_work
 from ch15_helpers.bench.runs import commit_id
 from ch15_helpers.errors import Ch15Error
@@ -37,10 +37,6 @@ from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.engine import Engine, StepRecord
 from ch15_helpers.serving.request import SamplingParams
 
-# vLLM 0.22.1 on one NVIDIA H200, Llama-3-8B's shape, bf16, torch 2.11.0+cu130, 2026-11-24.
-VLLM: Mapping[str, float] = MappingProxyType(
-    {"128 requests": 6003.0, "1 request": 5.02, "4 prompts of 8000": 0.81}
-)
 Unit = Literal["tok/s", "ms/token", "s", "ms/step"]
 HIGHER_IS_BETTER: Unit = "tok/s"
 
@@ -155,13 +151,16 @@ def cpu_suites() -> list[Suite]:
     ))]  # fmt: skip
 
 
+def random_prompts(load: Load, vocab_size: int) -> list[list[int]]:
+    """The load's prompts, the same ones on every machine."""
+    dice = random.Random(0)
+    return [[dice.randrange(vocab_size) for _ in range(length)] for length in load.prompts]
+
+
 def run_load(engine: Engine, load: Load, profile: HardwareProfile, *, rounds: int = 3) -> EngineRow:
     """Serve a load ``rounds`` times after a warm-up; the median counts."""
-    dice = random.Random(0)
-    vocab, config = engine.model.config.vocab_size, engine.model.config
-    prompts: Sequence[list[int]] = [
-        [dice.randrange(vocab) for _ in range(length)] for length in load.prompts
-    ]
+    config = engine.model.config
+    prompts = random_prompts(load, config.vocab_size)
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in load.outputs]
     mixed_s: list[float] = []
 
@@ -180,17 +179,17 @@ def run_load(engine: Engine, load: Load, profile: HardwareProfile, *, rounds: in
         if wrong:
             raise Ch15Error(f"{load.name}: {wrong[0]}")
     engine.on_step = None
-    dtype, on_h200 = engine.model.dtype, profile.key == "h200"
+    dtype = engine.model.dtype
     is_step = load.unit == "ms/step"
     least_s = load.limit_s(config, profile.ceilings, dtype)
-    known = on_h200 and dtype == torch.bfloat16 and engine.model.source == "random:LLAMA3_8B"
+    known = dtype == torch.bfloat16 and engine.model.source == "random:LLAMA3_8B"
     return EngineRow(
         model=engine.model.source,
         load=load.name,
         unit=load.unit,
         achieved=median(mixed_s) * 1e3 if is_step else load.value(median(elapsed[1:])),
         limit=None if is_step else load.value(least_s),
-        peer=VLLM.get(load.name) if known else None,
+        peer=fastest_peer("engine", load.name, profile.key) if known else None,
         elapsed_s=tuple(elapsed[1:]),
         steps=engine.num_steps - steps,
     )

@@ -10,25 +10,23 @@ several, which is how the engine launches decodes. On a CPU the shapes are small
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from statistics import median
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
 import typer
 from torch import Tensor
 
+from ch15_helpers.bench.records import attention_work, fastest_peer
 from ch15_helpers.bench.timing import measure
 from ch15_helpers.hardware import HardwareProfile
 from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.kernels.block_copy import gather_blocks, scatter_blocks
 from ch15_helpers.kernels.paged_attention import paged_attention
 
-# FlashInfer 0.6.11 with tensor cores, bf16, one NVIDIA H200, torch 2.11.0+cu130, 2026-11-24 (TB/s).
-FLASHINFER_TBPS: Mapping[str, float] = MappingProxyType({"64 x 4096": 4.11, "128 x 1024": 3.63})
 LAYERS = 2  # Calls take turns, so that no call finds its pages in the cache of the one before.
 Run = Callable[[int], object]
 
@@ -220,8 +218,8 @@ def attention_row(case: Case, profile: HardwareProfile, dtype: torch.dtype) -> K
         rate, limit = case.operations() / elapsed_s / 1e12, profile.ceilings.tflops(dtype)
         return KernelRow(case.kernel, case.name, "TFLOP/s", elapsed_s, rate, limit)
     rate, limit = case.kv_bytes(dtype) / elapsed_s / 1e12, profile.ceilings.read_GBps / 1e3
-    on_h200 = profile.key == "h200" and dtype == torch.bfloat16
-    peer = FLASHINFER_TBPS.get(case.name) if on_h200 else None
+    work = attention_work(case.name)
+    peer = fastest_peer("attention", work, profile.key) if dtype == torch.bfloat16 else None
     return KernelRow(case.kernel, case.name, "TB/s", elapsed_s, rate, limit, peer)
 
 

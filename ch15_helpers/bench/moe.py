@@ -20,6 +20,7 @@ import torch
 import typer
 from torch import Tensor
 
+from ch15_helpers.bench.records import expert_work, fastest_peer
 from ch15_helpers.bench.roofline import Work, limit_s
 from ch15_helpers.bench.timing import measure
 from ch15_helpers.errors import HardwareError
@@ -27,19 +28,6 @@ from ch15_helpers.hardware import HardwareProfile
 from ch15_helpers.kernels.fused_moe import can_fuse, fused_moe
 from ch15_helpers.model.config import MIXTRAL_8X7B, QWEN3_30B_A3B, TINY_MOE, ModelConfig
 
-# vLLM 0.22.1's fused_experts, bf16, eager, one NVIDIA H200, torch 2.11.0+cu130, 2026-11-24 (µs).
-VLLM_US: Mapping[tuple[str, int], float] = MappingProxyType(
-    {
-        ("QWEN3_30B_A3B", 1): 280,
-        ("QWEN3_30B_A3B", 64): 400,
-        ("QWEN3_30B_A3B", 1024): 548,
-        ("QWEN3_30B_A3B", 16384): 2930,
-        ("MIXTRAL_8X7B", 1): 479,
-        ("MIXTRAL_8X7B", 64): 668,
-        ("MIXTRAL_8X7B", 1024): 1659,
-        ("MIXTRAL_8X7B", 16384): 20564,
-    }
-)
 MODELS: Mapping[str, ModelConfig] = MappingProxyType(
     {"QWEN3_30B_A3B": QWEN3_30B_A3B, "MIXTRAL_8X7B": MIXTRAL_8X7B, "TINY_MOE": TINY_MOE}
 )
@@ -101,7 +89,7 @@ def make_inputs(
     return inputs
 
 
-def _back_to_back_s(run: Callable[[], object], device: torch.device, calls: int) -> float:
+def back_to_back_s(run: Callable[[], object], device: torch.device, calls: int) -> float:
     """Seconds of one of ``calls`` calls, each timed as it follows the one before."""
     if device.type != "cuda":
         return measure(run, device=device, iterations=calls).median_s
@@ -122,7 +110,7 @@ def _captured_s(inputs: list[Inputs], device: torch.device, replays: int = 20) -
     with torch.cuda.graph(graph):
         for given in inputs:
             fused_moe(*given)
-    return _back_to_back_s(graph.replay, device, replays) / len(inputs)
+    return back_to_back_s(graph.replay, device, replays) / len(inputs)
 
 
 @torch.inference_mode()
@@ -135,11 +123,11 @@ def measure_row(name: str, num_tokens: int, profile: HardwareProfile, dtype: tor
     limit = limit_s(work, profile.ceilings, dtype)
     calls = max(10, min(60, int(0.2 / limit)))
     turn = iter(range(10**9))
-    eager_s = _back_to_back_s(lambda: fused_moe(*inputs[next(turn) % len(inputs)]), device, calls)
+    eager_s = back_to_back_s(lambda: fused_moe(*inputs[next(turn) % len(inputs)]), device, calls)
     fused = can_fuse(device, dtype, config.hidden_size, config.moe_intermediate_size)
     captured_s = _captured_s(inputs, device) if fused and num_tokens <= 1024 else None
-    on_h200 = profile.key == "h200" and dtype == torch.bfloat16
-    peer_us = VLLM_US.get((name, num_tokens)) if on_h200 else None
+    work_name = expert_work(name, num_tokens)
+    peer_us = fastest_peer("experts", work_name, profile.key) if dtype == torch.bfloat16 else None
     return MoERow(name, num_tokens, eager_s, captured_s, limit, peer_us and peer_us / 1e6)
 
 
