@@ -79,43 +79,31 @@ def _mass(row_ptr, vocab, first, last, cut, highest, scale, R: tl.constexpr, C: 
     return tl.sum(total, 0).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["vocab"])
-def _sample_kernel(
-    logits_ptr, temperatures_ptr, top_ks_ptr, top_ps_ptr, seeds_ptr, offsets_ptr, ids_ptr,
-    share_ptr, count_ptr, vocab, stride,
-    SPLITS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row_ptr = logits_ptr + row * stride
-    share_ptr += row * (2 * SPLITS * 8)
-    count_ptr += row
-    tiles = tl.cdiv(vocab, R * C)
-    first, last = tiles * split // SPLITS, tiles * (split + 1) // SPLITS
-    turn = 0
+@triton.jit
+def _survey_all(row_ptr, vocab, first, last, share_ptr, count_ptr, split,
+                SPLITS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """:func:`survey` of the whole row, by all of its programs."""
     highest, best, lowest, bad = survey(row_ptr, vocab, first, last, R, C)
     if SPLITS > 1:
-        show(share_ptr, turn, split, 0, to_bits(highest), SPLITS)
-        show(share_ptr, turn, split, 1, best.to(tl.int64), SPLITS)
-        show(share_ptr, turn, split, 2, to_bits(lowest), SPLITS)
-        show(share_ptr, turn, split, 3, bad.to(tl.int64), SPLITS)
-        meet(count_ptr, turn, SPLITS)
-        all_highest = from_bits(seen(share_ptr, turn, 0, SPLITS))
+        show(share_ptr, 0, split, 0, to_bits(highest), SPLITS)
+        show(share_ptr, 0, split, 1, best.to(tl.int64), SPLITS)
+        show(share_ptr, 0, split, 2, to_bits(lowest), SPLITS)
+        show(share_ptr, 0, split, 3, bad.to(tl.int64), SPLITS)
+        meet(count_ptr, 0, SPLITS)
+        all_highest = from_bits(seen(share_ptr, 0, 0, SPLITS))
         highest = tl.max(all_highest, 0)
-        all_best = seen(share_ptr, turn, 1, SPLITS).to(tl.int32)
+        all_best = seen(share_ptr, 0, 1, SPLITS).to(tl.int32)
         best = tl.min(tl.where(all_highest == highest, all_best, 2147483647), 0)
-        lowest = tl.min(from_bits(seen(share_ptr, turn, 2, SPLITS)), 0)
-        bad = tl.sum(seen(share_ptr, turn, 3, SPLITS), 0).to(tl.int32)
-        turn += 1
-    finite = (bad == 0) & (highest > -_INF) & (highest < _INF)
-    temperature = tl.load(temperatures_ptr + row).to(tl.float32)
-    if (temperature == 0) | (finite == 0):
-        tl.store(ids_ptr + row, tl.where(finite, best, -1).to(tl.int64), mask=split == 0)
-        return
-    # Bounds keep 0 and infinity out of the products with 0 and infinity.
-    scale = tl.minimum(tl.maximum(_LOG2_E / temperature, 1e-30), 1e30)
-    top_k = tl.load(top_ks_ptr + row).to(tl.int64)
-    top_p = tl.load(top_ps_ptr + row).to(tl.float64)
-    cut = lowest
+        lowest = tl.min(from_bits(seen(share_ptr, 0, 2, SPLITS)), 0)
+        bad = tl.sum(seen(share_ptr, 0, 3, SPLITS), 0).to(tl.int32)
+    return highest, best, lowest, bad
+
+
+@triton.jit
+def _cut(row_ptr, vocab, first, last, share_ptr, count_ptr, split, lowest, highest, scale,
+         top_k, top_p, SPLITS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Smallest logit that top-k and top-p keep, and the number of the next meeting."""
+    cut, turn = lowest, 1
     if (top_k > 0) & (top_k < vocab):
         cut, turn = find_cut(
             row_ptr,
@@ -163,6 +151,35 @@ def _sample_kernel(
             R,
             C,
         )
+    return cut, turn
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _sample_kernel(
+    logits_ptr, temperatures_ptr, top_ks_ptr, top_ps_ptr, seeds_ptr, offsets_ptr, ids_ptr,
+    share_ptr, count_ptr, vocab, stride,
+    SPLITS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row_ptr = logits_ptr + row * stride
+    share_ptr += row * (2 * SPLITS * 8)
+    count_ptr += row
+    tiles = tl.cdiv(vocab, R * C)
+    first, last = tiles * split // SPLITS, tiles * (split + 1) // SPLITS
+    highest, best, lowest, bad = _survey_all(
+        row_ptr, vocab, first, last, share_ptr, count_ptr, split, SPLITS, R, C
+    )
+    finite = (bad == 0) & (highest > -_INF) & (highest < _INF)
+    temperature = tl.load(temperatures_ptr + row).to(tl.float32)
+    if (temperature == 0) | (finite == 0):
+        tl.store(ids_ptr + row, tl.where(finite, best, -1).to(tl.int64), mask=split == 0)
+        return
+    # Bounds keep 0 and infinity out of the products with 0 and infinity.
+    scale = tl.minimum(tl.maximum(_LOG2_E / temperature, 1e-30), 1e30)
+    top_k = tl.load(top_ks_ptr + row).to(tl.int64)
+    top_p = tl.load(top_ps_ptr + row).to(tl.float64)
+    cut, turn = _cut(row_ptr, vocab, first, last, share_ptr, count_ptr, split, lowest, highest,
+                     scale, top_k, top_p, SPLITS, R, C)  # fmt: skip
     mass = _mass(row_ptr, vocab, first, last, cut, highest, scale, R, C)
     before, total = mass * 0, mass
     if SPLITS > 1:
@@ -176,9 +193,8 @@ def _sample_kernel(
     number = (_splitmix64(_splitmix64(seed) ^ offset) >> 11).to(tl.float64) * (1.0 / (1 << 53))
     draw = tl.minimum((number * total.to(tl.float64)).to(tl.int64), total - 1)
     if (draw >= before) & (draw < before + mass):
-        token = _pick(
-            row_ptr, vocab, first, last, cut, highest, scale, (draw - before).to(tl.float64), R, C
-        )
+        draw -= before
+        token = _pick(row_ptr, vocab, first, last, cut, highest, scale, draw.to(tl.float64), R, C)
         tl.store(ids_ptr + row, token.to(tl.int64))
 
 
