@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ch15_helpers.bench.kernel_rows import pointwise_rows, sampling_rows
 from ch15_helpers.bench.kernels import (
     Case,
     attention_row,
@@ -59,3 +60,15 @@ def test_cases_have_distinct_names_and_peers_belong_to_some() -> None:
     assert len(names) == len(set(names))
     assert {("decode", name) for name in ATTENTION} <= set(names)
     assert {case.kernel for case in cpu_cases()} == {"decode", "prefill"}
+
+
+def test_every_other_kernel_has_a_row() -> None:
+    rows = pointwise_rows(_profile(), torch.float32)
+    assert [row.kernel for row in rows] == ["rms_norm", "rope_and_write_kv", "swiglu"]
+    tokens = 256
+    # Two tensors of 4096 read and two written; a gate and an up read, their product written.
+    assert rows[0].achieved * rows[0].time_s * 1e12 == pytest.approx(4 * tokens * 4096 * 4)
+    assert rows[2].achieved * rows[2].time_s * 1e12 == pytest.approx(3 * tokens * 14336 * 4)
+    sampling = sampling_rows(_profile(), torch.float32)
+    assert [row.shape for row in sampling][:2] == ["4 greedy", "4 temperature"]
+    assert sampling[0].achieved * sampling[0].time_s * 1e12 == pytest.approx(4 * 49152 * 4)

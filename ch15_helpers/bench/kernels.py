@@ -1,34 +1,42 @@
-"""Attention and block-copy kernels beside their limits, and beside peers' recorded numbers.
+"""All kernels but the MoE block's beside their limits, and beside peers' recorded numbers.
 
 Run it with ``python -m ch15_helpers.bench.kernels --device cuda``. Every row is one kernel on one
 shape: the rate that it achieved, the limit that was measured in the same run (read bandwidth for
-decodes, matmul rate for prompts, copy bandwidth for blocks), the fraction, and where a peer was
-recorded its rate and ours over it. On a GPU a time is that of a call inside a CUDA graph of
+decodes and sampling, matmul rate for prompts, copy bandwidth for the rest), the fraction, and
+where a peer was recorded its rate and ours over it. On a GPU a time is that of a call in a graph of
 several, which is how the engine launches decodes. On a CPU the shapes are smaller.
+``bench.kernel_rows`` has the rows that are not attention, ``bench.moe`` the MoE block's.
+
+Whether a kernel reads or writes outside its tensors is for CUDA's compute-sanitizer to say:
+``compute-sanitizer --error-exitcode 1 python -m pytest -q tests/test_cuda_small.py`` runs every
+kernel on small shapes under it (``--tool racecheck`` for races in shared memory).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from statistics import median
+from itertools import accumulate
 from typing import Annotated, Literal
 
 import torch
 import typer
 from torch import Tensor
 
+from ch15_helpers.bench.kernel_rows import (
+    LAYERS,
+    KernelRow,
+    Run,
+    block_rows,
+    pointwise_rows,
+    print_table,
+    sampling_rows,
+    time_s,
+)
 from ch15_helpers.bench.records import attention_work, fastest_peer
-from ch15_helpers.bench.timing import measure
 from ch15_helpers.hardware import HardwareProfile
 from ch15_helpers.kernels.batch import BatchMetadata
-from ch15_helpers.kernels.block_copy import gather_blocks, scatter_blocks
 from ch15_helpers.kernels.paged_attention import paged_attention
-
-LAYERS = 2  # Calls take turns, so that no call finds its pages in the cache of the one before.
-Run = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -61,27 +69,6 @@ class Case:
         lens = zip(self.query_lens, self.context_lens, strict=True)
         pairs = sum(n * c - n * (n - 1) // 2 for n, c in lens)
         return 4 * self.heads * self.head_dim * pairs
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """``achieved``, ``limit`` and ``peer`` in ``unit``; ``time_s`` of one call."""
-
-    kernel: str
-    shape: str
-    unit: str
-    time_s: float
-    achieved: float
-    limit: float
-    peer: float | None = None
-
-    @property
-    def fraction(self) -> float:
-        return self.achieved / self.limit
-
-    @property
-    def ratio(self) -> float | None:
-        return None if self.peer is None else self.achieved / self.peer
 
 
 def _decodes(batch: int, context: int, **shape: object) -> Case:
@@ -185,29 +172,6 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[R
     return call, batch
 
 
-def time_s(call: Run, device: torch.device, calls: int = 4, min_s: float = 0.03) -> float:
-    """Median seconds of a call: on a GPU of replayed graphs of ``calls``, clocks warmed up."""
-    if device.type != "cuda":
-        return measure(lambda: call(0), device=device, iterations=10).median_s
-    for turn in range(LAYERS):
-        call(turn)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for turn in range(calls):
-            call(turn)
-    once_s = measure(graph.replay, device=device, iterations=2, warmup=1).median_s
-    replays = max(4, math.ceil(min_s / once_s))
-    for _ in range(replays // 2):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize(device)
-    return float(median(a.elapsed_time(b) for a, b in pairwise(events))) / 1e3 / calls
-
-
 @torch.inference_mode()
 def attention_row(case: Case, profile: HardwareProfile, dtype: torch.dtype) -> KernelRow:
     """Times one attention call."""
@@ -223,42 +187,6 @@ def attention_row(case: Case, profile: HardwareProfile, dtype: torch.dtype) -> K
     return KernelRow(case.kernel, case.name, "TB/s", elapsed_s, rate, limit, peer)
 
 
-@torch.inference_mode()
-def block_rows(profile: HardwareProfile, dtype: torch.dtype) -> list[KernelRow]:
-    """Gathers and scatters half of a pool's blocks, both layouts; bytes read and written."""
-    device, rows = torch.device(profile.device), []
-    blocks, layers = (512, 32) if device.type == "cuda" else (64, 8)
-    for layout in ("block-major", "layer-major"):
-        tail = (16, 8, 128)
-        major = layout == "block-major"
-        shape = (blocks, layers, 2, *tail) if major else (layers, 2, blocks, *tail)
-        pages = torch.randn(shape, device=device, dtype=dtype)
-        pages = pages if major else pages.permute(2, 0, 1, 3, 4, 5)
-        ids = torch.randperm(blocks)[: blocks // 2].to(device)
-        data = gather_blocks(pages, ids)
-        calls: dict[str, Run] = {
-            "gather": lambda _, p=pages, i=ids, d=data: gather_blocks(p, i, d),  # type: ignore[misc]
-            "scatter": lambda _, p=pages, i=ids, d=data: scatter_blocks(p, i, d),  # type: ignore[misc]
-        }
-        for name, call in calls.items():
-            elapsed_s = time_s(call, device)
-            rate, limit = 2 * data.nbytes / elapsed_s / 1e12, profile.ceilings.copy_GBps / 1e3
-            shape_name = f"{len(ids)} blocks, {layout}"
-            rows.append(KernelRow(f"{name} blocks", shape_name, "TB/s", elapsed_s, rate, limit))
-    return rows
-
-
-def print_table(rows: Sequence[KernelRow]) -> None:
-    """One line a row."""
-    print(f"{'kernel':<14} {'shape':<34} {'µs':>8} {'achieved':>9} {'limit':>7} {'unit':<8} "
-          f"{'fraction':>8} {'peer':>6} {'ratio':>6}")  # fmt: skip
-    for row in rows:
-        peer = "" if row.peer is None else f"{row.peer:.2f}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        time = f"{row.time_s * 1e6:>8.1f} {row.achieved:>9.3g} {row.limit:>7.3g} {row.unit:<8}"
-        print(f"{row.kernel:<14} {row.shape:<34} {time} {row.fraction:>8.1%} {peer:>6} {ratio:>6}")
-
-
 def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     only: Annotated[str, typer.Option(help="Part of a kernel's or shape's name.")] = "",
@@ -271,8 +199,13 @@ def main(
     cases = gpu_cases() if on_gpu else cpu_cases()
     cases = [case for case in cases if only in f"{case.kernel} {case.name}"]
     rows = [attention_row(case, profile, dtype) for case in cases]
-    if only in "gather scatter blocks":
-        rows += block_rows(profile, dtype)
+    for name, others in (
+        ("gather scatter blocks", block_rows),
+        ("rms_norm rope_and_write_kv swiglu", pointwise_rows),
+        ("sample", sampling_rows),
+    ):
+        if only in name:
+            rows += others(profile, dtype)
     print_table(rows)
 
 
