@@ -12,6 +12,7 @@ from ch15_helpers.kernels.moe_route import route_topk
 from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
 from ch15_helpers.moe.load import (
     expected_touched,
+    forecast_load,
     inclusion_probabilities,
     load_statistics,
     zipf_popularity,
@@ -240,6 +241,26 @@ def test_touched_experts_are_as_expected(num_experts, top_k, skew):
     assert expected_touched(popularity, num_experts, 1) == pytest.approx(num_experts, rel=1e-6)
     with pytest.raises(MoEError, match="not between"):
         expected_touched(popularity, num_experts + 1, 1)
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.8])
+@pytest.mark.parametrize("tokens", [4, 256])
+def test_forecast_loads_are_those_of_many_batches(tokens, skew):
+    experts, top_k = 32, 4
+    router = SyntheticRouter(experts, top_k, skew=skew, seed=4)
+    capacity = expert_capacity(tokens, top_k, experts, 1.5)
+    found = forecast_load(zipf_popularity(experts, skew), top_k, tokens, capacity)
+    seen = []
+    for _ in range(400):
+        counts = expert_counts(router.route(tokens)[1], experts).tolist()
+        load = load_statistics(counts)
+        seen.append((experts - load.num_idle, load.max_over_mean, load.overflow(capacity)))
+    touched, largest, dropped = np.mean(seen, axis=0)
+    assert found.touched == pytest.approx(touched, rel=0.03)
+    assert found.max_over_mean == pytest.approx(largest, rel=0.06)
+    assert found.dropped == pytest.approx(dropped, rel=0.1, abs=0.005)
+    free = forecast_load(zipf_popularity(experts, skew), top_k, tokens)
+    assert (free.dropped, free.max_over_mean) == (0, found.max_over_mean)
 
 
 def test_drift_moves_the_hot_experts_and_keeps_the_skew():

@@ -89,3 +89,45 @@ def expected_touched(popularity: np.ndarray, top_k: int, num_tokens: int) -> flo
     """
     absent = (1 - inclusion_probabilities(popularity, top_k)) ** num_tokens
     return float((1 - absent).sum())
+
+
+@dataclass(frozen=True)
+class LoadForecast:
+    """What to expect of a batch of independent tokens.
+
+    Attributes:
+        touched: distinct experts in use.
+        max_over_mean: largest load of an expert over the mean load.
+        dropped: share of all pairs beyond the capacity; 0 without one.
+    """
+
+    touched: float
+    max_over_mean: float
+    dropped: float
+
+
+def forecast_load(
+    popularity: np.ndarray, top_k: int, num_tokens: int, capacity: int | None = None
+) -> LoadForecast:
+    """Expected load of experts that tokens choose as in :func:`inclusion_probabilities`.
+
+    An expert's load is binomial, and experts are taken as independent of each other, which they
+    are but for their sum: right within a few per cent where there are more than a few experts.
+
+    Args:
+        num_tokens: at least 1. capacity: most pairs of an expert, None drops nothing.
+    """
+    chance = np.clip(inclusion_probabilities(popularity, top_k), 1e-12, 1 - 1e-12)[:, None]
+    log_factorials = np.concatenate([[0.0], np.log(np.arange(1, num_tokens + 1)).cumsum()])
+    loads = np.arange(num_tokens + 1)
+    log_ways = log_factorials[-1] - log_factorials - log_factorials[::-1]
+    log_share = loads * np.log(chance) + (num_tokens - loads) * np.log1p(-chance)
+    share = np.exp(log_ways + log_share)  # [experts, loads]
+    below = share.cumsum(axis=1).clip(max=1.0)
+    largest = float((1 - below.prod(axis=0)).sum())
+    pairs = num_tokens * top_k
+    over = 0.0
+    if capacity is not None:
+        over = float((share * np.maximum(0, loads - capacity)).sum()) / pairs
+    touched = float((1 - share[:, 0]).sum())
+    return LoadForecast(touched, largest * len(popularity) / pairs, over)
