@@ -14,7 +14,7 @@ from ch15_helpers.errors import MoEError
 from ch15_helpers.moe.affinity import place_by_affinity
 from ch15_helpers.moe.balancing import balance_greedy
 from ch15_helpers.moe.expert_parallel import ExpertParallelConfig
-from ch15_helpers.moe.placement import ExpertPlacement
+from ch15_helpers.moe.placement import ExpertPlacement, SlotChooser
 from ch15_helpers.moe.rebalance import (
     keep_in_place,
     moved_bytes,
@@ -24,6 +24,7 @@ from ch15_helpers.moe.rebalance import (
 )
 from ch15_helpers.moe.routing import SyntheticRouter, expert_counts
 from ch15_helpers.moe.sweep import SweepSetup, sweep_routing
+from ch15_helpers.moe.topics import route_topics
 from ch15_helpers.moe.topology import Topology
 from ch15_helpers.moe.traffic import (
     LinkSpeeds,
@@ -131,6 +132,30 @@ def test_experts_that_work_together_share_a_node():
     even = network_bytes(links_of(later, ExpertPlacement.even(16, 4), **options), topology)[1]
     placed = network_bytes(links_of(later, placement, **options), topology)[1]
     assert placed < 0.75 * even
+
+
+def test_copies_keep_company_and_more_room_never_moves_more():
+    """Four nodes: a foreign pair goes to the next node that has it, with its company."""
+    topology = Topology(8, 2)
+    sample = [route_topics(100, 64, 6, 4, seed=rank)[1] for rank in range(8)]
+    options = {"ranks_per_node": 2, "nearest_replica": True}
+    crossing = [
+        network_bytes(links_of(sample, place_by_affinity(sample, 64, topology, size), **options),
+                      topology)[1]
+        for size in (8, 10, 16, 32)
+    ]  # fmt: skip
+    assert crossing == sorted(crossing, reverse=True)
+    assert crossing[2] < 0.9 * crossing[0]
+    assert crossing[3] == 8 * 3 * 8  # everything everywhere: only counts are left
+
+
+def test_the_nearest_replica_is_here_or_inside_or_in_the_next_node():
+    rows = ((0, 1), (2, 4), (3, 4), (5, 0), (1, 2), (5, 6))  # three nodes of two ranks
+    placement = ExpertPlacement(7, rows)
+    ids = torch.arange(7)[None]
+    for rank, homes in {0: [0, 0, 1, 2, 1, 3, 5], 2: [3, 4, 4, 2, 2, 3, 5]}.items():
+        choose = SlotChooser(placement, rank, ranks_per_node=2)
+        assert (choose(ids) // 2)[0].tolist() == homes
 
 
 @pytest.mark.parametrize("seed", range(6))

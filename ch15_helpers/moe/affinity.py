@@ -33,8 +33,8 @@ def place_by_affinity(
 
     Homes of experts are found by swaps (Kernighan and Lin, 1970) that raise the number of pairs
     served beside another pair of the same token, or at its source. Spare slots of a node then hold
-    copies of the foreign experts that its own tokens ask for most. Dispatch must use
-    ``nearest_replica`` for that to help.
+    copies of foreign experts that its own tokens ask for and that keep company with what is there.
+    Dispatch must use ``nearest_replica`` for that to help.
 
     Args:
         experts: int64 [num_tokens, top_k] of each rank's batch: what its router chose.
@@ -49,7 +49,6 @@ def place_by_affinity(
     even = ExpertPlacement.even(num_experts, topology.num_ranks, slots_per_rank)
     asked = _asked(experts, num_experts, topology)
     homes = _homes(experts, asked, num_experts, topology, max_node_load)
-    placed = _fill(homes, asked, num_experts, topology, slots_per_rank)
     config = ExpertParallelConfig(ranks_per_node=topology.ranks_per_node, nearest_replica=True)
     top_k = experts[0].shape[1]
 
@@ -57,7 +56,12 @@ def place_by_affinity(
         links = count_links(experts, placement, config, 1024, torch.bfloat16, top_k)
         return network_bytes(links, topology)[1]
 
-    return placed if crossing(placed) < crossing(even) else even
+    together = _together(experts, num_experts)
+    spare = slots_per_rank * topology.ranks_per_node - int(np.bincount(homes).max())
+    # A copy also draws pairs away from company that they had: all spare slots need not be best.
+    rooms = sorted({0, spare // 4, spare // 2, spare})
+    found = [_fill(homes, asked, together, topology, slots_per_rank, room) for room in rooms]
+    return min([even, *found], key=crossing)
 
 
 def _asked(experts: Sequence[Tensor], num_experts: int, topology: Topology) -> np.ndarray:
@@ -119,18 +123,24 @@ def _homes(
 def _fill(
     homes: np.ndarray,
     asked: np.ndarray,
-    num_experts: int,
+    together: np.ndarray,
     topology: Topology,
     slots_per_rank: int,
+    room: int,
 ) -> ExpertPlacement:
-    """Experts at home, copies of foreign ones in the slots that are left, spread over ranks."""
+    """Experts at home, up to ``room`` foreign ones in each node, spread over its ranks."""
+    num_experts = len(homes)
     node_slots = slots_per_rank * topology.ranks_per_node
     held = np.zeros((topology.num_nodes, num_experts), dtype=bool)
     held[homes, np.arange(num_experts)] = True
     for node in range(topology.num_nodes):
-        foreign = [e for e in np.argsort(-asked[node], kind="stable") if not held[node, e]]
-        room = node_slots - int(held[node].sum())
-        held[node, [e for e in foreign[:room] if asked[node, e] > 0]] = True
+        for _ in range(min(room, node_slots - int(held[node].sum()))):
+            # Pairs from here, and how often their tokens ask for what is here, too.
+            scores = asked[node] + together @ held[node]
+            scores[held[node] | (asked[node] == 0)] = -1.0
+            if scores.max() < 0:
+                break
+            held[node, int(scores.argmax())] = True
     rows: list[tuple[int, ...]] = []
     for node in range(topology.num_nodes):
         local = np.where(held[node], asked[node], 0.0)

@@ -97,13 +97,14 @@ class SlotChooser:
         ranks_per_node: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """With ``ranks_per_node`` only the nearest replicas are used: own rank, node, or all."""
+        """With ``ranks_per_node`` only the nearest replicas are used: own rank's, node's, or those
+        of the next node that has one, so that experts with the same nodes stay together."""
         self.num_experts, self._rank = placement.num_experts, rank
         size = placement.slots_per_rank
-        usable = [
-            _nearest(slots, rank, size, ranks_per_node) if ranks_per_node else slots
-            for slots in placement.replicas
-        ]
+        usable = placement.replicas
+        if ranks_per_node:
+            num_nodes = -(-placement.num_ranks // ranks_per_node)
+            usable = [_nearest(s, rank, size, ranks_per_node, num_nodes) for s in usable]
         width = max(len(slots) for slots in usable)
         padded = [slots + slots[:1] * (width - len(slots)) for slots in usable]
         self._table = torch.tensor(padded, device=device)
@@ -120,8 +121,11 @@ class SlotChooser:
         return torch.where(experts < 0, -1, slots)
 
 
-def _nearest(slots: Sequence[int], rank: int, size: int, ranks_per_node: int) -> list[int]:
+def _nearest(
+    slots: Sequence[int], rank: int, size: int, ranks_per_node: int, num_nodes: int
+) -> list[int]:
+    node, per_node = rank // ranks_per_node, size * ranks_per_node
     here = [slot for slot in slots if slot // size == rank]
-    node = rank // ranks_per_node
-    inside = [slot for slot in slots if slot // size // ranks_per_node == node]
-    return here or inside or list(slots)
+    steps = [(slot // per_node - node) % num_nodes for slot in slots]
+    nearest = [slot for slot, step in zip(slots, steps, strict=True) if step == min(steps)]
+    return here or nearest
