@@ -12,10 +12,10 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ch15_helpers.disagg.decode import arriving_request
+from ch15_helpers.disagg.handover import Arrival
 from ch15_helpers.disagg.leases import Lease, LeaseTable
 from ch15_helpers.disagg.pool import BlockRef, Part
 from ch15_helpers.disagg.rank import RankServer, Stopwatch, heard
@@ -23,36 +23,8 @@ from ch15_helpers.disagg.recompute import recompute_blocks
 from ch15_helpers.disagg.stages import DecodeEngine
 from ch15_helpers.disagg.transfer import Transfer, TransferState
 from ch15_helpers.serving.channel import Channel, Message
-from ch15_helpers.serving.request import Request, RequestOutput, SamplingParams
+from ch15_helpers.serving.request import RequestOutput, SamplingParams
 from ch15_helpers.speculative.engine import SpeculativeEngine
-
-
-@dataclass(eq=False, slots=True)
-class Arrival:
-    """One request on its way here."""
-
-    attempt: int
-    source: int
-    request: Request
-    asked_s: float
-    ticket: int = -1  # of the reservation
-    token: int = -1
-    first_s: float = 0.0
-    lease: Lease | None = None
-    transfers: list[Transfer] = field(default_factory=list)
-    num_parts: int | None = None  # known at the end
-    damaged: set[int] = field(default_factory=set)
-    notes: dict[str, Any] = field(
-        default_factory=lambda: {
-            "blocked_s": 0.0, "control_s": 0.0, "place_s": 0.0, "num_messages": 0,
-            "metadata_bytes": 0,
-        }
-    )  # fmt: skip
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all parts have been looked at."""
-        return self.num_parts == len(self.transfers) and all(t.done for t in self.transfers)
 
 
 class DecodeServer(RankServer):
@@ -95,7 +67,8 @@ class DecodeServer(RankServer):
 
     def hear_peers(self) -> bool:
         """Messages of prefill ranks; one that is gone gives up what it had not finished."""
-        self._accept()
+        if len(self._sources) < self.spec.num_prefill:
+            self._accept()
         happened = False
         for rank, channel in list(self._sources.items()):
             for message in heard(channel):

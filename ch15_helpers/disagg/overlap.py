@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from ch15_helpers.disagg.link import LinkModel
@@ -53,14 +54,28 @@ def modelled_overlap(
     return ModelledOverlap(link.transfer_s(sum(part_bytes)), arrived_s - prefill_s)
 
 
+def part_ends(num_layers: int, layers_per_part: int) -> list[int]:
+    """After which layers of the last chunk a part is sent: halves of what is left, down to a size.
+
+    What cannot hide is the last part, so that one is small; each part costs control on both
+    sides, so there are few. Chunks before the last are one part each: they hide behind the next.
+    """
+    ends, left = [], num_layers
+    while left > layers_per_part:
+        left = max(left // 2, layers_per_part)
+        ends.append(num_layers - left)
+    return [*ends, num_layers]
+
+
 def even_parts(
     num_bytes: int, num_chunks: int, num_layers: int, layers_per_part: int, prefill_s: float
 ) -> tuple[list[int], list[float]]:
     """(bytes, ready times) of the parts of a prefill whose chunks and layers take equal times."""
     sizes, ready_s = [], []
     for chunk in range(num_chunks):
-        for first in range(0, num_layers, layers_per_part):
-            last = min(first + layers_per_part, num_layers)
+        is_last = chunk == num_chunks - 1
+        ends = part_ends(num_layers, layers_per_part) if is_last else [num_layers]
+        for first, last in pairwise([0, *ends]):
             sizes.append(num_bytes * (last - first) // (num_chunks * num_layers))
             ready_s.append((chunk + last / num_layers) * prefill_s / num_chunks)
     return sizes, ready_s

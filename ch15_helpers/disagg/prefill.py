@@ -8,12 +8,13 @@ sent are kept by tables of their own, so the engine may be done with them before
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from ch15_helpers.disagg.decode import arriving_request
+from ch15_helpers.disagg.handover import Handover, ReadyPart
+from ch15_helpers.disagg.overlap import part_ends
 from ch15_helpers.disagg.pool import BlockRef, Part
 from ch15_helpers.disagg.rank import RankServer, Stopwatch, heard
 from ch15_helpers.disagg.transfer import Transfer, TransferState
@@ -22,43 +23,6 @@ from ch15_helpers.serving.channel import Channel, Message
 from ch15_helpers.serving.engine import StepRecord
 from ch15_helpers.serving.request import Request, RequestOutput, SamplingParams
 from ch15_helpers.serving.step import ScheduledChunk, Step
-
-
-@dataclass(eq=False, slots=True)
-class ReadyPart:
-    """Blocks whose part is computed; ``name`` is the table that keeps them."""
-
-    name: tuple[str, int, int]
-    refs: list[BlockRef]
-    part: Part
-    ready_s: float
-
-
-@dataclass(eq=False, slots=True)
-class Handover:
-    """One request on its way to a decode rank."""
-
-    attempt: int
-    target: int
-    prompt: list[int]
-    params: SamplingParams
-    arrival_s: float
-    granted: bool = False
-    num_blocks: int = 0  # leading blocks of which every part is computed
-    queue: deque[ReadyPart] = field(default_factory=deque)  # computed, and not sent
-    under_way: dict[Transfer, ReadyPart] = field(default_factory=dict)
-    num_parts: int = 0
-    token: int | None = None
-    first_s: float = 0.0
-    asked_s: float | None = None
-    final_sent: bool = False
-    spoken_s: float = 0.0
-    notes: dict[str, Any] = field(
-        default_factory=lambda: {
-            "parts": [], "steps": [], "began_s": None, "metadata_s": 0.0, "control_s": 0.0,
-            "pack_s": 0.0, "num_messages": 0, "metadata_bytes": 0,
-        }
-    )  # fmt: skip
 
 
 class PrefillServer(RankServer):
@@ -70,6 +34,7 @@ class PrefillServer(RankServer):
         self._open: dict[int, Handover] = {}
         self._of_transfer: dict[Transfer, Handover] = {}
         self._num_layers = self.engine.model.config.num_hidden_layers
+        self._part_ends = frozenset(part_ends(self._num_layers, self.spec.layers_per_part))
         self._unwanted: list[int] = []
         self._first_layer = 0  # of the part that is being computed
 
@@ -157,17 +122,16 @@ class PrefillServer(RankServer):
 
     def on_layer(self, step: Step, layer: int) -> None:
         """Send what the layer has completed."""
-        watch = Stopwatch(self.transport)
-        if layer == 0:
-            self._first_layer = 0
-            self._ask_for_blocks(step)
-        last = layer + 1 == self._num_layers
-        if self.overlap and ((layer + 1) % self.spec.layers_per_part == 0 or last):
-            self._add_parts(step, (self._first_layer, layer + 1), last)
-            self._first_layer = layer + 1
-        elif last:
-            self._add_parts(step, (0, layer + 1), last)
-        self.charge(watch)
+        end = layer + 1
+        if layer == 0 or end in self._part_ends:
+            watch = Stopwatch(self.transport)
+            if layer == 0:
+                self._first_layer = 0
+                self._ask_for_blocks(step)
+            if end in self._part_ends:
+                self._add_parts(step, (self._first_layer, end), end == self._num_layers)
+                self._first_layer = end
+            self.charge(watch)
         self.pump()
 
     def _ask_for_blocks(self, step: Step) -> None:
@@ -187,11 +151,13 @@ class PrefillServer(RankServer):
             handover = self._open.get(int(chunk.request.request_id))
             if handover is None or handover.asked_s is None:
                 continue
-            start, stop = handover.num_blocks, self._whole_blocks(chunk)
-            if not self.overlap and not chunk.is_last:
+            in_pieces = self.overlap and chunk.is_last
+            if not in_pieces and not (step_ends and (self.overlap or chunk.is_last)):
                 continue
+            start, stop = handover.num_blocks, self._whole_blocks(chunk)
             if start < stop:
-                self._add_part(handover, chunk.request, (start, stop), layers, now_s)
+                of_part = layers if in_pieces else (0, self._num_layers)
+                self._add_part(handover, chunk.request, (start, stop), of_part, now_s)
             if step_ends:
                 handover.num_blocks = stop
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import select
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ class RankServer:
         if isinstance(engine.runner, LayerwiseRunner):
             engine.runner.on_layer = self.on_layer
         self.overlap = True
-        self.stats = self._no_stats()
+        self.counts: Counter[str] = Counter()
+        self._peaks = {"max_batch": 0, "peak_blocks": 0}
         self._stopped = False
         self._beaten_s = 0.0
         self._late_before = 0
@@ -182,36 +184,35 @@ class RankServer:
         network = message["network"]
         self.wire.simulate(None if network is None else LinkModel(**network))
         self.overlap = message["overlap"]
-        self.stats = self._no_stats()
+        self.counts.clear()
+        self._peaks = dict.fromkeys(self._peaks, 0)
         self._late_before = self.transport.num_late
         vocab_size = self.engine.model.config.vocab_size
         self.channel.send({"op": "configured", "vocab_size": vocab_size})
 
-    def _no_stats(self) -> RankStats:
-        return RankStats(
-            self.rank, self.spec.role(self.rank), num_blocks=self.engine.cache.num_blocks
-        )
-
     def current_stats(self) -> RankStats:
         """The counts, with what is only known now."""
-        allocator = self.engine.scheduler.blocks.allocator
-        late = self.transport.num_late - self._late_before
-        return replace(self.stats, used_blocks=allocator.num_used, num_late=late)
+        return RankStats(
+            rank=self.rank,
+            role=self.spec.role(self.rank),
+            num_blocks=self.engine.cache.num_blocks,
+            used_blocks=self.engine.scheduler.blocks.allocator.num_used,
+            num_late=self.transport.num_late - self._late_before,
+            **self._peaks,
+            **self.counts,
+        )
 
     def count(self, **more: float) -> None:
-        """Add to counts."""
-        values = {name: getattr(self.stats, name) + value for name, value in more.items()}
-        self.stats = replace(self.stats, **values)
+        """Add to counts, which are named as in RankStats."""
+        for name, value in more.items():
+            self.counts[name] += value  # type: ignore[assignment]
 
     def _on_step(self, record: StepRecord) -> None:
-        step = record.step
+        step, peaks = record.step, self._peaks
         self.count(num_steps=1, num_tokens=step.num_tokens, busy_s=record.end_s - record.start_s)
         used = self.engine.cache.num_blocks - record.num_free_blocks
-        self.stats = replace(
-            self.stats,
-            max_batch=max(self.stats.max_batch, len(step.requests)),
-            peak_blocks=max(self.stats.peak_blocks, used),
-        )
+        peaks["max_batch"] = max(peaks["max_batch"], len(step.requests))
+        peaks["peak_blocks"] = max(peaks["peak_blocks"], used)
 
     def _beat(self) -> None:
         now_s = time.monotonic()

@@ -30,7 +30,8 @@ class DisaggSpec:
         transport: medium of the KV blocks.
         verify: whether blocks are checked; see BlockTransport.
         max_message_bytes: see BlockTransport.
-        layers_per_part: layers that travel together when the handover overlaps the prefill.
+        layers_per_part: layers of the last part when the handover overlaps the prefill; those
+            before it are larger, see ``overlap.part_ends``.
         handover_timeout_s: how long a rank waits for the other side of a handover.
         request_timeout_s: after which a request ends with an error.
         silence_s: after which a rank that says nothing counts as dead; longer than any step.

@@ -1,0 +1,77 @@
+"""One request between two ranks: what each side knows of it, and notes for ``results``."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from ch15_helpers.disagg.leases import Lease
+from ch15_helpers.disagg.pool import BlockRef, Part
+from ch15_helpers.disagg.transfer import Transfer
+from ch15_helpers.serving.request import Request, SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class ReadyPart:
+    """Blocks whose part is computed; ``name`` is the table that keeps them."""
+
+    name: tuple[str, int, int]
+    refs: list[BlockRef]
+    part: Part
+    ready_s: float
+
+
+@dataclass(eq=False, slots=True)
+class Handover:
+    """One request on its way to a decode rank."""
+
+    attempt: int
+    target: int
+    prompt: list[int]
+    params: SamplingParams
+    arrival_s: float
+    granted: bool = False
+    num_blocks: int = 0  # leading blocks of which every part is computed
+    queue: deque[ReadyPart] = field(default_factory=deque)  # computed, and not sent
+    under_way: dict[Transfer, ReadyPart] = field(default_factory=dict)
+    num_parts: int = 0
+    token: int | None = None
+    first_s: float = 0.0
+    asked_s: float | None = None
+    final_sent: bool = False
+    spoken_s: float = 0.0
+    notes: dict[str, Any] = field(
+        default_factory=lambda: {
+            "parts": [], "steps": [], "began_s": None, "metadata_s": 0.0, "control_s": 0.0,
+            "pack_s": 0.0, "num_messages": 0, "metadata_bytes": 0,
+        }
+    )  # fmt: skip
+
+
+@dataclass(eq=False, slots=True)
+class Arrival:
+    """One request on its way here."""
+
+    attempt: int
+    source: int
+    request: Request
+    asked_s: float
+    ticket: int = -1  # of the reservation
+    token: int = -1
+    first_s: float = 0.0
+    lease: Lease | None = None
+    transfers: list[Transfer] = field(default_factory=list)
+    num_parts: int | None = None  # known at the end
+    damaged: set[int] = field(default_factory=set)
+    notes: dict[str, Any] = field(
+        default_factory=lambda: {
+            "blocked_s": 0.0, "control_s": 0.0, "place_s": 0.0, "num_messages": 0,
+            "metadata_bytes": 0,
+        }
+    )  # fmt: skip
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all parts have been looked at."""
+        return self.num_parts == len(self.transfers) and all(t.done for t in self.transfers)
