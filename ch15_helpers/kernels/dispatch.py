@@ -45,3 +45,9 @@ def num_processors(device: torch.device) -> int:
 def is_hopper(device: torch.device) -> bool:
     """Whether the device is a Hopper GPU (compute capability 9.0), for kernels written for it."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one before it has ended (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-# MKL multiplies up to three rows without copying the weight. For more it first packs the whole
-# weight into its own order, which costs as much as reading it twice; a batch of short products
-# over slices of 48 output features does not. Measured on one AVX-512 thread, SmolLM2's 120
-# matrices (ms, whole against sliced): 4 rows 57, 40; 8 rows 74, 44; 14 rows 103, 53; 16 rows 74,
-# 70; 48 rows 97, 93. With AVX2 the two are equal.
-_MIN_ROWS, _MAX_ROWS = 4, 48
-_SLICES = (48, 32, 64, 24, 16)
-_has_mkl: Callable[[], bool] = torch.backends.mkl.is_available
+from ch15_helpers.kernels.dispatch import triton_installed
+from ch15_helpers.kernels.linear_cpu import linear_cpu
+from ch15_helpers.kernels.swiglu import swiglu
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,29 +15,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [num_tokens, in_features].
-        weight: [out_features, in_features], rows contiguous.
+        weight: [out_features, in_features], rows contiguous; on the CPU also in another layout,
+            from :func:`.linear_cpu.pack_weight`.
         bias: [out_features] or None.
 
     Returns:
         [num_tokens, out_features].
     """
-    if x.device.type == "cpu" and _MIN_ROWS <= x.shape[0] <= _MAX_ROWS:
-        width = _slice_width(weight)
-        if width:
-            product = _sliced_product(x, weight, width)
-            return product if bias is None else product.add_(bias)
+    if x.device.type == "cpu":
+        return linear_cpu(x, weight, bias)
+    if bias is None and x.is_cuda and _can_gemv(x, weight):
+        from ch15_helpers.kernels.gemv_triton import gemv_triton
+
+        return gemv_triton(x, weight)
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def _slice_width(weight: Tensor) -> int:
-    """Output features of one slice, 0 where slicing does not apply."""
-    if weight.dtype != torch.float32 or not _has_mkl():
-        return 0
-    out_features = weight.shape[0]
-    return next((width for width in _SLICES if out_features % width == 0), 0)
+def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``swiglu(x @ weight.T)``: gate rows of the weight first, then up rows.
+
+    Returns:
+        [num_tokens, out_features / 2].
+    """
+    if x.is_cuda and _can_gemv(x, weight):
+        from ch15_helpers.kernels.gemv_triton import gemv_triton
+
+        return gemv_triton(x, weight, gated=True)
+    return swiglu(linear(x, weight))
 
 
-def _sliced_product(x: Tensor, weight: Tensor, width: int) -> Tensor:
-    slices = weight.view(-1, width, weight.shape[1])
-    product = torch.bmm(x.expand(slices.shape[0], -1, -1), slices.transpose(1, 2))
-    return product.transpose(0, 1).reshape(x.shape[0], -1)
+def _can_gemv(x: Tensor, weight: Tensor) -> bool:
+    """Whether a single token's product goes to :mod:`~ch15_helpers.kernels.gemv_triton`."""
+    if x.shape[0] != 1 or not triton_installed():
+        return False
+    from ch15_helpers.kernels.gemv_triton import can_gemv
+
+    return can_gemv(x, weight)

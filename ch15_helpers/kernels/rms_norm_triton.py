@@ -11,16 +11,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
+
+from ch15_helpers.kernels.dispatch import launches_early
 
 
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, stride_outer, stride_inner, inner,
-    hidden, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    hidden, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < hidden
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
+    if EARLY:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
     source = (row // inner) * stride_outer + (row % inner) * stride_inner + column
     x = tl.load(x_ptr + source, mask=mask, other=0.0)
     if HAS_RESIDUAL:
@@ -28,7 +35,6 @@ def _rms_norm_kernel(
         tl.store(total_ptr + row * hidden + column, x, mask=mask)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / hidden + eps)
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
     # Rounded before the weight multiplies it, as the models were trained.
     out = (wide * scale).to(out_ptr.dtype.element_ty) * weight
     tl.store(out_ptr + row * hidden + column, out, mask=mask)
@@ -48,10 +54,12 @@ def rms_norm_triton(
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     total = torch.empty_like(out) if residual is not None else out
     block = triton.next_power_of_2(hidden)
+    # One token's norm is all latency, and so is its neighbour: the two may overlap.
+    early = rows == 1 and launches_early(x.device)
     _rms_norm_kernel[(rows,)](
         x, x if residual is None else residual, weight, out, total,
         x.stride(0), x.stride(1) if x.dim() == 3 else 0, inner, hidden, eps,
-        HAS_RESIDUAL=residual is not None, BLOCK=block,
-        num_warps=min(8, max(1, block // 512)),
+        HAS_RESIDUAL=residual is not None, BLOCK=block, EARLY=early,
+        num_warps=min(8, max(1, block // 512)), **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out, total

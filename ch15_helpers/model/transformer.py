@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from ch15_helpers.kernels.batch import BatchMetadata
-from ch15_helpers.kernels.linear import linear
+from ch15_helpers.kernels.linear import gated_linear, linear
+from ch15_helpers.kernels.linear_cpu import unpack_weight
 from ch15_helpers.kernels.rms_norm import rms_norm
 from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache, rope_rows
-from ch15_helpers.kernels.swiglu import swiglu
 from ch15_helpers.model.config import ModelConfig
 from ch15_helpers.model.moe import MoEBlock
 from ch15_helpers.model.paged_attend import PagedAttend
@@ -49,14 +49,14 @@ class DenseMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, hidden] to [N, hidden]."""
-        return linear(swiglu(linear(x, self.gate_up_proj)), self.down_proj)
+        return linear(gated_linear(x, self.gate_up_proj), self.down_proj)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names below ``model.layers.i.`` and the views that hold them."""
-        gate, up = self.gate_up_proj.chunk(2)
+        gate, up = unpack_weight(self.gate_up_proj).chunk(2)
         yield "mlp.gate_proj.weight", gate
         yield "mlp.up_proj.weight", up
-        yield "mlp.down_proj.weight", self.down_proj
+        yield "mlp.down_proj.weight", unpack_weight(self.down_proj)
 
 
 class DecoderLayer:
@@ -158,9 +158,10 @@ class DecoderLayer:
             "k": slice(q_dim, q_dim + kv_dim),
             "v": slice(q_dim + kv_dim, None),
         }
+        qkv = unpack_weight(self.qkv_proj)
         for letter, part in rows.items():
-            yield f"self_attn.{letter}_proj.weight", self.qkv_proj[part]
-        yield "self_attn.o_proj.weight", self.o_proj
+            yield f"self_attn.{letter}_proj.weight", qkv[part]
+        yield "self_attn.o_proj.weight", unpack_weight(self.o_proj)
         if self.qkv_bias is not None and self.o_bias is not None:
             for letter, part in rows.items():
                 yield f"self_attn.{letter}_proj.bias", self.qkv_bias[part]
@@ -184,6 +185,7 @@ class Transformer:
         cos_sin_cache: float32 [max_position_embeddings, head_dim].
         tokenizer: how text becomes ids, None for random weights.
         source: what the weights were loaded from.
+        weight_layout: of its matrices; on the CPU see :mod:`ch15_helpers.model.cpu_weights`.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -205,6 +207,7 @@ class Transformer:
         self.scale = float(config.head_dim**-0.5)
         self.tokenizer: Tokenizer | None = None
         self.source = ""
+        self.weight_layout = "rows"
 
     @torch.inference_mode()
     def forward(
@@ -327,14 +330,17 @@ class Transformer:
         return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps, residual)[0]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face checkpoint name, as a view into the fused ones."""
+        """Every weight under its Hugging Face checkpoint name.
+
+        They are views into the fused ones, or copies where :func:`.pack_weights` packed those.
+        """
         yield "model.embed_tokens.weight", self.embed_tokens
         for index, layer in enumerate(self.layers):
             for name, weight in layer.named_weights():
                 yield f"model.layers.{index}.{name}", weight
         yield "model.norm.weight", self.final_norm
         if not self.config.tie_word_embeddings:
-            yield "lm_head.weight", self.lm_head
+            yield "lm_head.weight", unpack_weight(self.lm_head)
 
     @property
     def weight_bytes(self) -> int:

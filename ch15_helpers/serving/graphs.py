@@ -29,13 +29,13 @@ from torch import Tensor
 from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.kernels.batch_split import cut
 from ch15_helpers.kernels.kv_quant import writes_in_one_launch
+from ch15_helpers.kernels.sampling import sample_tokens
 from ch15_helpers.kv.cache import PagedKVCache
 from ch15_helpers.model.config import ModelConfig
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.batch_builder import HostBatch
 from ch15_helpers.serving.graph_buffers import GraphBuffers, StepShape
 from ch15_helpers.serving.last_ids import LastIds, fill_in
-from ch15_helpers.serving.sampling import greedy_ids
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class _Captured:
     buffers: GraphBuffers
     batch: BatchMetadata
     logits: Tensor
+    params: tuple[Tensor, ...]
 
 
 class StepGraphs:
@@ -200,6 +201,8 @@ class StepGraphs:
             max_context_len=self._max_blocks * cache.block_size,
         )
 
+        greedy = _greedy_params(shape.rows, device)
+
         def step() -> Tensor:
             logits = self._model.forward(
                 fill_in(buffers.token_ids, self._last.ids),
@@ -208,7 +211,7 @@ class StepGraphs:
                 metadata,
                 kv_scales=cache.scales,
             )
-            self._last.ids[: shape.rows].copy_(greedy_ids(logits))
+            self._last.ids[: shape.rows].copy_(sample_tokens(logits, *greedy))
             return logits
 
         # Kernels compile and libraries make their handles outside the graph.
@@ -220,7 +223,13 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = step()
-        return _Captured(graph, buffers, metadata, logits)
+        return _Captured(graph, buffers, metadata, logits, greedy)
+
+
+def _greedy_params(rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Temperatures, top-k, top-p, seeds and offsets for ``sample_tokens`` to be greedy."""
+    zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+    return zeros.double(), zeros.int(), zeros.double() + 1, zeros, zeros
 
 
 def in_pieces(batch: HostBatch, query_len: int) -> HostBatch:
