@@ -129,7 +129,7 @@ class Coordinator:
             link.channel.send(message)
 
     def ask(self, message: Message, reply: str, timeout_s: float = 30.0) -> dict[int, Message]:
-        """Tell all ranks that are connected, and wait for the reply of each, by rank.
+        """Tell all ranks, and wait for the reply of each that lives, by rank.
 
         Raises:
             ReplicaError: a rank neither answers nor dies.
@@ -139,7 +139,8 @@ class Coordinator:
         deadline_s = time.monotonic() + timeout_s
         while True:
             answers = {rank: each for rank, each in self.replies if each["op"] == reply}
-            missing = [k.rank for k in self.links if k.gone is None and k.rank not in answers]
+            alive = [k.rank for k in self.links if self.is_alive(k.rank)]
+            missing = [rank for rank in alive if rank not in answers]
             if not missing:
                 return answers
             if time.monotonic() > deadline_s:

@@ -267,6 +267,10 @@ class DisaggCluster:
             raise TransportError(f"there is no fault {fault!r}; choose from {WIRE_FAULTS}")
         self.links[rank].channel.send({"op": "fault", "fault": fault, "count": count})
 
+    def mend(self, rank: int) -> None:
+        """No more faults in the wire of a rank; what was stalled goes on, late."""
+        self.links[rank].channel.send({"op": "mend"})
+
     def damage(self, rank: int) -> None:
         """Scramble a rank's whole pool: a same-tokens check that passes then is none."""
         self.links[rank].channel.send({"op": "damage"})

@@ -169,6 +169,8 @@ class RankServer:
             self._configure(message)
         elif operation == "fault":
             self.wire.fail(message["fault"], message["count"])
+        elif operation == "mend":
+            self.wire.mend()
         elif operation == "damage":
             for block in range(self.engine.cache.num_blocks):
                 self.engine.cache.corrupt_block(block, "scramble")

@@ -14,8 +14,9 @@ from ch15_helpers.disagg.link import LinkModel
 from ch15_helpers.disagg.wire import Wire, WireMessage
 
 WireFault = Literal["stall", "drop_completion", "corrupt", "exchange"]
-"""``stall``: messages that are sent do not move until the wire is closed. ``drop_completion``:
-messages move, and nobody is told. ``corrupt`` and ``exchange``: see ``faults.Fault``."""
+"""``stall``: a message that is sent, and all after it on its channel, move only after ``mend``.
+``drop_completion``: messages move, and nobody is told. ``corrupt`` and ``exchange``: see
+``faults.Fault``."""
 WIRE_FAULTS: tuple[str, ...] = get_args(WireFault)
 
 
@@ -50,26 +51,39 @@ class RankWire:
         """Apply a fault to each of the next ``count`` messages that it is for."""
         self._faults += [fault] * count
 
+    def mend(self) -> None:
+        """No more faults; what was stalled goes on, late."""
+        self._faults.clear()
+        stalled, self._stalled = self._stalled, []
+        if stalled:
+            self._inner.start(stalled)
+
     def new_buffer(self, num_bytes: int) -> Tensor:
         return self._base.new_buffer(num_bytes)
 
     def start(self, messages: Sequence[WireMessage]) -> None:
-        going = []
-        for message in messages:
-            fault = self._faults[0] if self._faults else None
-            if fault == "drop_completion":
-                self._faults.pop(0)
-                self._silenced.append(message)
-            elif fault is not None and message.sending:
-                self._faults.pop(0)
-                message.seal()
-                if fault == "stall":
-                    self._stalled.append(message)
-                    continue
-                damage(message.buffer, message.num_blocks, fault, 0)
-            going.append(message)
+        going = [message for message in messages if self._passes(message)]
         if going:
             self._inner.start(going)
+
+    def _passes(self, message: WireMessage) -> bool:
+        lane = message.peer, message.channel
+        if message.sending and any((m.peer, m.channel) == lane for m in self._stalled):
+            self._stalled.append(message)  # a channel keeps its order
+            return False
+        fault = self._faults[0] if self._faults else None
+        if fault is None or (not message.sending and fault != "drop_completion"):
+            return True
+        self._faults.pop(0)
+        if fault == "drop_completion":
+            self._silenced.append(message)
+        elif fault == "stall":
+            self._stalled.append(message)
+            return False
+        else:
+            message.seal()
+            damage(message.buffer, message.num_blocks, fault, 0)
+        return True
 
     def finished(self) -> list[tuple[WireMessage, str | None]]:
         done = self._inner.finished()

@@ -141,7 +141,7 @@ class DecodeEngine(Engine):
     Requests that end here without a step of their own come out of the next ``step``.
     """
 
-    scheduler_type = DecodeScheduler
+    scheduler_type: type[DecodeScheduler] = DecodeScheduler
     scheduler: DecodeScheduler
 
     def reserve(self, request: Request) -> int | None:
