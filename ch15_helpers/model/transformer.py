@@ -97,6 +97,7 @@ class DecoderLayer:
         cos_sin_cache: Tensor,
         attend: Attend,
         rows: tuple[Tensor, Tensor] | None = None,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the layer on a flat batch.
 
@@ -110,6 +111,7 @@ class DecoderLayer:
             cos_sin_cache: see :func:`build_cos_sin_cache`.
             attend: writes K and V where they belong and returns the attention's output.
             rows: :func:`rope_rows` of the step, which saves the CPU from gathering them again.
+            wanted: tokens (int64) to go on with after attention; None is all.
 
         Returns:
             (hidden, residual) for the next layer.
@@ -124,6 +126,8 @@ class DecoderLayer:
             mixed = attend.rotated(q, k, v, cos_sin_cache, positions, rows).flatten(1)
         else:
             mixed = attend(*apply_rope(q, k, cos_sin_cache, positions, rows), v).flatten(1)
+        if wanted is not None:
+            mixed, residual = mixed.index_select(0, wanted), residual.index_select(0, wanted)
         x, residual = rms_norm(
             linear(mixed, self.o_proj, self.o_bias), self.post_attention_norm, eps, residual
         )
@@ -235,16 +239,15 @@ class Transformer:
         Returns:
             float32 [len(batch.logits_indices), vocab_size].
         """
+        rows = batch.logits_indices
+        # Of other tokens the last layer owes no more than keys and values. (A mixture of experts
+        # goes on with all of them: how they spread over the experts is studied layer by layer.)
+        wanted = rows if len(rows) < len(token_ids) and not self.config.is_moe else None
         hidden = self.forward_hidden(
-            token_ids,
-            positions,
-            pages,
-            batch,
-            attention_backend=attention_backend,
-            on_layer_done=on_layer_done,
-            kv_scales=kv_scales,
-        )
-        return self.compute_logits(hidden.index_select(0, batch.logits_indices))
+            token_ids, positions, pages, batch, attention_backend=attention_backend,
+            on_layer_done=on_layer_done, kv_scales=kv_scales, wanted=wanted,
+        )  # fmt: skip
+        return self.compute_logits(hidden.index_select(0, rows) if wanted is None else hidden)
 
     __call__ = forward
 
@@ -259,13 +262,12 @@ class Transformer:
         attention_backend: str = "auto",
         on_layer_done: Callable[[int], None] | None = None,
         kv_scales: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Like :meth:`forward`, but returns the final normalised hidden states [N, hidden]."""
-
-        def attend_layer(layer_index: int) -> Attend:
-            return self.paged_attend(layer_index, pages, batch, attention_backend, kv_scales)
-
-        return self._run_layers(token_ids, positions, attend_layer, on_layer_done)
+        """Like :meth:`forward`, but returns the final hidden states [N or len(wanted), hidden]."""
+        attend_layer = partial(self.paged_attend, pages=pages, batch=batch,
+                               backend=attention_backend, kv_scales=kv_scales)  # fmt: skip
+        return self._run_layers(token_ids, positions, attend_layer, on_layer_done, wanted)
 
     def paged_attend(
         self,
@@ -276,11 +278,10 @@ class Transformer:
         kv_scales: Tensor | None = None,
     ) -> Attend:
         """The attention of one layer over its pages: what :class:`DecoderLayer` calls."""
-        caches = pages[:, layer_index, 0], pages[:, layer_index, 1]
-        scales = None
-        if kv_scales is not None:
-            scales = kv_scales[:, layer_index, 0], kv_scales[:, layer_index, 1]
-        return PagedAttend(*caches, batch, self.scale, backend, scales)
+        k_cache, v_cache = pages[:, layer_index].unbind(1)
+        scales = kv_scales[:, layer_index].unbind(1) if kv_scales is not None else None
+        pair = None if scales is None else (scales[0], scales[1])
+        return PagedAttend(k_cache, v_cache, batch, self.scale, backend, pair)
 
     @torch.inference_mode()
     def forward_dense(self, token_ids: Tensor) -> Tensor:
@@ -316,14 +317,15 @@ class Transformer:
         positions: Tensor,
         attend_layer: Callable[[int], Attend],
         on_layer_done: Callable[[int], None] | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         hidden, residual = embedding(token_ids, self.embed_tokens), None
-        on_cpu = self.device.type == "cpu"
-        rows = rope_rows(self.cos_sin_cache, positions) if on_cpu else None
+        cache = self.cos_sin_cache
+        rows = rope_rows(cache, positions) if self.device.type == "cpu" else None
         for index, layer in enumerate(self.layers):
-            hidden, residual = layer(
-                hidden, residual, positions, self.cos_sin_cache, attend_layer(index), rows
-            )
+            kept = wanted if layer is self.layers[-1] else None
+            attend = attend_layer(index)
+            hidden, residual = layer(hidden, residual, positions, cache, attend, rows, kept)
             if on_layer_done is not None:
                 on_layer_done(index)
         assert residual is not None
