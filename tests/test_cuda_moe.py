@@ -94,7 +94,7 @@ def test_the_device_sorts_as_the_reference_does(tokens):
         order = sort_by_expert(ids.cuda(), 32, align, tile)
         count = int(order.counters[0])
         assert count == int(expected.counters[0])
-        assert torch.equal(order.tiles[:count, :3].cpu(), expected.tiles[:count, :3])
+        assert torch.equal(order.tiles[:count].cpu(), expected.tiles[:count])
         assert torch.equal(order.positions.cpu(), expected.positions)
         for _, first, rows in order.tiles[:count, :3].tolist():
             stop = -(-(first + rows) // align) * align

@@ -261,7 +261,13 @@ def _run_wide(x, gate_up, down, weights, experts, scales, plan) -> Tensor:
     rows = x if top_k else gather_rows_triton(x, order, experts.shape[1])
     processors = _processors(x.device)
     h = hopper.grouped_gemm(rows, gate_up, order, swiglu=True, top_k=top_k, processors=processors)
-    y = hopper.grouped_gemm(h, down, order, swiglu=False, processors=processors)
+    # Mixtral with 1024 tokens has 2.2 rounds of down tiles, which took 3 rounds: 568 µs. With the
+    # half-empty tiles last it takes 492. Many items, or short ones, level themselves out.
+    items = experts.numel() / hopper.TILE * down.shape[1] / hopper.BLOCK_N
+    tall_first = down.shape[2] >= 4096 and items < 4 * processors
+    y = hopper.grouped_gemm(
+        h, down, order, swiglu=False, processors=processors, tall_first=tall_first
+    )
     return combine_triton(y, order.positions, weights)
 
 

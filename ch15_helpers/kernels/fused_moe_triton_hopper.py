@@ -20,7 +20,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -29,117 +28,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ch15_helpers.kernels.fused_moe_hopper_copy import copy_warps, locate, next_item
 from ch15_helpers.kernels.moe_permute import ExpertOrder
 
 HALF = 64  # rows of one group of warps; experts start at multiples of it
 TILE = 2 * HALF
-_BLOCK_N, _BLOCK_K = 256, 64
+BLOCK_N, _BLOCK_K = 256, 64
 _STAGES = 4
 _GROUP_TILES = 8  # tiles that share a block of weights while it is in the cache
 _MAX_REGISTERS = 168  # 12 warps share 65536
-
-
-@gluon.jit
-def _locate(item, num_tiles, columns, tiles_ptr, GROUP: gl.constexpr):
-    """Item to (expert, first row, valid rows, column), a group of tiles for each column."""
-    group = item // (GROUP * columns)
-    first = group * GROUP
-    size = min(num_tiles - first, GROUP)
-    within = item - group * GROUP * columns
-    tile_ptr = tiles_ptr + (first + within % size) * 4
-    return gl.load(tile_ptr), gl.load(tile_ptr + 1), gl.load(tile_ptr + 2), within // size
-
-
-@gluon.jit
-def _post(items, item_free, item_posted, item, turn):
-    """Tells the multiplying warps their item number ``turn``, two ahead at most."""
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    mbarrier.wait(item_free.index(turn & 1), (turn >> 1 & 1) ^ 1)
-    items.index(turn & 1).store(gl.full([32], item, gl.int32, LANES))
-    mbarrier.arrive(item_posted.index(turn & 1))
-
-
-@gluon.jit
-def _token_rows(a, row, wanted, ROWS: gl.constexpr, TOP_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """Where the tokens of sorted rows ``row`` onward begin, and which rows are no padding."""
-    a_ptr, rows_ptr, num_pairs, stride = a
-    lane = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    pair = gl.load(rows_ptr + row + lane, mask=wanted & (lane >= 0), other=num_pairs)
-    return a_ptr + (pair // TOP_K).to(gl.int64) * stride, pair < num_pairs
-
-
-@gluon.jit
-def _gather_rows(buffer, row_ptr, real, column):
-    async_copy.async_copy_global_to_shared(
-        buffer, row_ptr[:, None] + column[None, :], mask=real[:, None]
-    )
-
-
-@gluon.jit
-def _copy_warps(a, descs, buffers, bars, sizes, tiles_ptr, claims_ptr, GATHER: gl.constexpr,
-                TOP_K: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
-    w_desc, _ = descs
-    a_bufs, w_bufs, _, items = buffers
-    empty, ready, item_free, item_posted = bars
-    num_tiles, num_blocks, steps = sizes
-    STAGES: gl.constexpr = w_bufs.type.shape[0]
-    ROWS: gl.constexpr = a_bufs.type.shape[1]
-    BLOCK_K: gl.constexpr = a_bufs.type.shape[2]
-    COLUMNS: gl.constexpr = w_desc.block_type.shape[2]
-    A_BYTES: gl.constexpr = ROWS * BLOCK_K * 2
-    W_BYTES: gl.constexpr = w_desc.block_type.nbytes
-    # Eight threads copy the 128 bytes of a row, 16 bytes each.
-    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    num_items = num_tiles * num_blocks
-    item = gl.program_id(0)
-    turn, count = 0, 0
-    while item < num_items:
-        _post(items, item_free, item_posted, item, turn)
-        # Claimed early: the answer comes while this item's copies are started.
-        claimed = gl.atomic_add(claims_ptr, 1)
-        expert, row, valid, column = _locate(item, num_tiles, num_blocks, tiles_ptr, GROUP)
-        both = valid > ROWS
-        if GATHER:
-            low_ptr, low_real = _token_rows(a, row, True, ROWS, TOP_K, TILE)
-            high_ptr, high_real = _token_rows(a, row + ROWS, both, ROWS, TOP_K, TILE)
-        for step in range(steps):
-            stage = count % STAGES
-            mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
-            bar = ready.index(stage)
-            k = step * BLOCK_K
-            if GATHER:
-                mbarrier.expect(bar, W_BYTES)
-            else:
-                mbarrier.expect(bar, W_BYTES + A_BYTES, pred=not both)
-                mbarrier.expect(bar, W_BYTES + 2 * A_BYTES, pred=both)
-            tma.async_copy_global_to_shared(
-                w_desc, [expert, 0, column * COLUMNS, k], bar, w_bufs.index(stage)
-            )
-            if GATHER:
-                a_column = k + gl.arange(0, BLOCK_K, gl.SliceLayout(0, TILE))
-                _gather_rows(a_bufs.index(2 * stage), low_ptr, low_real, a_column)
-                if both:
-                    _gather_rows(a_bufs.index(2 * stage + 1), high_ptr, high_real, a_column)
-                # Each thread arrives when its own copies have landed.
-                async_copy.mbarrier_arrive(bar, increment_count=False)
-            else:
-                tma.async_copy_global_to_shared(a, [row, k], bar, a_bufs.index(2 * stage))
-                tma.async_copy_global_to_shared(
-                    a, [row + ROWS, k], bar, a_bufs.index(2 * stage + 1), pred=both
-                )
-            count += 1
-        item = gl.num_programs(0) + claimed
-        turn += 1
-    _post(items, item_free, item_posted, item, turn)
-
-
-@gluon.jit
-def _next_item(items, item_free, item_posted, turn):
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(item_posted.index(turn & 1), turn >> 1 & 1)
-    item = gl.max(items.index(turn & 1).load(LANES), 0)
-    mbarrier.arrive(item_free.index(turn & 1))
-    return item
 
 
 @gluon.jit
@@ -154,7 +51,7 @@ def _write(out_desc, out_buf, value, row, column):
 @gluon.jit
 def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
                     GATHER: gl.constexpr, SWIGLU: gl.constexpr, GROUP: gl.constexpr,
-                    LAYOUT: gl.constexpr,
+                    TALL_FIRST: gl.constexpr, LAYOUT: gl.constexpr,
                     W_LAYOUT: gl.constexpr):  # fmt: skip
     w_desc, out_desc = descs
     a_bufs, w_bufs, out_bufs, items = buffers
@@ -167,10 +64,10 @@ def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
     OUT_N: gl.constexpr = out_desc.block_type.shape[1]
     out_buf = out_bufs.index(WHICH)
     num_items = num_tiles * num_blocks
-    item = _next_item(items, item_free, item_posted, 0)
+    item = next_item(items, item_free, item_posted, 0)
     turn, count = 1, 0
     while item < num_items:
-        _, row, valid, column = _locate(item, num_tiles, num_blocks, tiles_ptr, GROUP)
+        _, row, valid, column = locate(item, num_tiles, num_blocks, tiles_ptr, GROUP, TALL_FIRST)
         if valid > WHICH * ROWS:
             acc = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
             for step in range(steps):
@@ -203,7 +100,7 @@ def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
                 mbarrier.wait(ready.index(stage), count // STAGES & 1)
                 mbarrier.arrive(empty.index(stage))
                 count += 1
-        item = _next_item(items, item_free, item_posted, turn)
+        item = next_item(items, item_free, item_posted, turn)
         turn += 1
     tma.store_wait(0)
 
@@ -214,7 +111,7 @@ def _grouped_gemm_kernel(
     num_pairs, stride, num_blocks, steps,
     GATHER: gl.constexpr, TOP_K: gl.constexpr, SWIGLU: gl.constexpr,
     ROWS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    num_warps: gl.constexpr,
+    TALL_FIRST: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = w_desc.block_type.shape[1] * w_desc.block_type.shape[2]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -255,11 +152,11 @@ def _grouped_gemm_kernel(
     gl.warp_specialize(
         [
             (_multiply_warps, (descs, buffers, bars, sizes, tiles_ptr,
-                               first, GATHER, SWIGLU, GROUP, LAYOUT, W_LAYOUT)),
+                               first, GATHER, SWIGLU, GROUP, TALL_FIRST, LAYOUT, W_LAYOUT)),
             (_multiply_warps, (descs, buffers, bars, sizes, tiles_ptr,
-                               second, GATHER, SWIGLU, GROUP, LAYOUT, W_LAYOUT)),
-            (_copy_warps, (a, descs, buffers, bars, sizes, tiles_ptr, claims_ptr,
-                           GATHER, TOP_K, GROUP)),
+                               second, GATHER, SWIGLU, GROUP, TALL_FIRST, LAYOUT, W_LAYOUT)),
+            (copy_warps, (a, descs, buffers, bars, sizes, tiles_ptr, claims_ptr,
+                           GATHER, TOP_K, GROUP, TALL_FIRST)),
         ],
         [4, COPY_WARPS],
         [MULTIPLY_REGISTERS, COPY_REGISTERS],
@@ -284,7 +181,7 @@ def can_gather(x: Tensor) -> bool:
 
 def grouped_gemm(
     a: Tensor, weight: Tensor, order: ExpertOrder, *, swiglu: bool, processors: int,
-    top_k: int = 0, group: int = _GROUP_TILES, stages: int = _STAGES,
+    top_k: int = 0, tall_first: bool = False,
 ) -> Tensor:  # fmt: skip
     """Products of sorted rows with their experts' weights, the activation fused in.
 
@@ -293,6 +190,8 @@ def grouped_gemm(
             tokens' rows [num_tokens, K], which the kernel then gathers (see ``can_gather``).
         weight: [num_experts, N, K], contiguous; gate rows before up rows when ``swiglu``.
         order: starts aligned to ``HALF``, tiles of ``TILE`` rows, counters not yet used.
+        tall_first: whether tiles of at most ``HALF`` rows wait for the others. Their experts'
+            weights are then read again, but with few long items the last programs end sooner.
 
     Returns:
         [capacity, N]; with ``swiglu`` [capacity, N / 2]: ``silu(gate) * up``.
@@ -302,15 +201,16 @@ def grouped_gemm(
     columns = rows // parts
     out = a.new_empty((order.capacity, columns))
     w_view = weight.view(num_experts, parts, columns, depth)
-    out_desc = _describe(out, HALF, _BLOCK_N // 2)
+    out_desc = _describe(out, HALF, BLOCK_N // 2)
     _grouped_gemm_kernel[(processors,)](
         None if top_k else _describe(a, HALF, _BLOCK_K),
         a if top_k else None, order.rows if top_k else None,
-        _describe(w_view, 1, parts, _BLOCK_N // parts, _BLOCK_K), out_desc,
+        _describe(w_view, 1, parts, BLOCK_N // parts, _BLOCK_K), out_desc,
         order.tiles, order.counters, order.positions.shape[0], a.stride(0),
-        triton.cdiv(columns, _BLOCK_N // parts),
+        triton.cdiv(columns, BLOCK_N // parts),
         triton.cdiv(depth, _BLOCK_K),
         GATHER=top_k > 0, TOP_K=top_k, SWIGLU=swiglu, ROWS=HALF, BLOCK_K=_BLOCK_K,
-        STAGES=stages, GROUP=group, num_warps=4, maxnreg=_MAX_REGISTERS,
+        STAGES=_STAGES, GROUP=_GROUP_TILES, TALL_FIRST=tall_first, num_warps=4,
+        maxnreg=_MAX_REGISTERS,
     )  # fmt: skip
     return out

@@ -23,7 +23,8 @@ class ExpertOrder:
     Attributes:
         rows: int32 [capacity], pair of each row; ``num_pairs`` in padding, undefined past the end.
         positions: int32 [num_pairs], row of each pair; -1 where its expert is not one of ours.
-        tiles: int32 [max_tiles, 4]: expert, first row, rows that are not padding, unused.
+        tiles: int32 [max_tiles, 4]: expert, first row, rows that are not padding; and, apart from
+            these three, which tile is the n-th when those more than half full come first.
         counters: int32 [3]: how many of ``tiles`` are defined; then, for each of the two products,
             how many work items its programs have claimed, 0 at first.
     """
@@ -94,6 +95,9 @@ def _sort_reference(
     tiles[:, 0] = expert
     tiles[:, 1] = starts[expert] + offset
     tiles[:, 2] = (counts[expert] - offset).clamp(0, tile)
+    # Tiles that are not there go last in either order.
+    late = (2 * tiles[:, 2] <= tile).int() + (tiles[:, 2] == 0).int()
+    tiles[:, 3] = late.argsort(stable=True)
     counters = torch.zeros(3, dtype=torch.int32, device=device)
     counters[0] = ends[-1]
     return ExpertOrder(rows[:capacity], positions.int(), tiles, counters)

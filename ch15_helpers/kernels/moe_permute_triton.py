@@ -65,6 +65,10 @@ def _place_kernel(
     starts = tl.cumsum(padded, 0) - padded
     tiles = tl.cdiv(counts, TILE)
     first_tile = tl.cumsum(tiles, 0) - tiles
+    # The other order of tiles: those more than half full, then the others.
+    tall = (counts + (TILE - TILE // 2 - 1)) // TILE
+    first_tall = tl.cumsum(tall, 0) - tall
+    first_short = tl.sum(tall) + tl.cumsum(tiles - tall, 0) - (tiles - tall)
     if me == 0:
         tl.store(counters_ptr, tl.sum(tiles))
         tl.store(counters_ptr + 1, 0)
@@ -79,6 +83,8 @@ def _place_kernel(
         tl.store(tile_ptr, experts, mask=exists)
         tl.store(tile_ptr + 1, starts + i * TILE, mask=exists)
         tl.store(tile_ptr + 2, tl.minimum(counts - i * TILE, TILE), mask=exists)
+        place = tl.where(i < tall, first_tall + i, first_short)
+        tl.store(tiles_ptr + place * 4 + 3, first_tile + i, mask=exists)
     slots = starts + before
     lane = tl.arange(0, BLOCK)
     for first in range(begin, stop, BLOCK):
