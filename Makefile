@@ -22,7 +22,7 @@ NBVAL := --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-tim
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
 
 $(READY): requirements.txt pyproject.toml tools/bootstrap.py
 	@"$(PYTHON)" tools/bootstrap.py "$(VENV)"
@@ -57,7 +57,7 @@ lint: $(READY)
 types: $(READY)
 	@"$(PY)" -m mypy
 
-unit: $(SCRIPTS) browser
+unit: $(SCRIPTS) browser mpi
 	@OMP_NUM_THREADS=1 "$(PY)" -m pytest -n $(JOBS) --dist loadfile tests
 
 outputs: $(READY)
@@ -68,6 +68,15 @@ peers: $(READY) ## beside vLLM and FlashInfer on this GPU, where they are instal
 
 browser: $(READY)
 	@"$(PY)" tests/browser.py --install
+
+mpi: $(READY)
+	@"$(PY)" tools/mpi.py --install
+
+mpi-decode: mpi ## prefill and decode on NP=2 MPI processes over UCX; more by ARGS=..., HOSTS=a,b
+	@"$(PY)" tools/mpi.py $(NP) $(if $(HOSTS),--hosts $(HOSTS)) -- $(ARGS)
+
+torchrun-decode: $(READY) ## the same with torchrun, NP=2 on each of NNODES=1 nodes
+	@"$(PY)" -m torch.distributed.run $(MEETING) --nproc_per_node $(NP) -m ch15_helpers.disagg.launch $(ARGS)
 
 screenshots: browser ## pictures of the built site, desktop and phone, light and dark
 	@"$(PY)" tests/screenshots.py

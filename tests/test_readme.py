@@ -26,7 +26,7 @@ ALL = [pytest.param(c, id=f"{p.name}: {c}") for p in PAGES for c in commands(p)]
 
 def targets() -> set[str]:
     """Targets that the Makefile has."""
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("command", ALL)

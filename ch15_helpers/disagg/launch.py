@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import IO, Any
@@ -183,17 +184,31 @@ def _under_mpirun(options: argparse.Namespace) -> int:
     world = load_mpi().COMM_WORLD
     rank = world.Get_rank()
     spec = _spec(options, world.Get_size())
-    listener = socket.create_server(("127.0.0.1", 0)) if rank == 0 else None
+    one_host = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(world.Get_size())
+    own_host = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
+    listener = socket.create_server((own_host, 0)) if rank == 0 else None
     address: Any = None
     if listener is not None:
         address = [*listener.getsockname()[:2], secrets.token_hex(16)]
     host, port, token = world.bcast(address)
     order = _order(spec, rank, rank, {"host": host, "port": port, "token": token}, ("", 0))
+    problems: list[BaseException] = []
     if listener is not None:
-        arguments = options, spec, listener, token
-        threading.Thread(target=coordinate, args=arguments, daemon=True).start()
-    serve(order)
-    return 0
+
+        def run() -> None:
+            try:
+                coordinate(options, spec, listener, token)
+            except BaseException as error:
+                problems.append(error)
+                traceback.print_exc()
+
+        threading.Thread(target=run, daemon=True).start()
+    serve(order)  # until the coordinator is done, well or not
+    sys.stdout.flush()
+    world.Barrier()
+    load_mpi().Finalize()
+    # Threads of the medium may still wait; the interpreter's own exit would, too.
+    os._exit(1 if problems else 0)
 
 
 def coordinate(
