@@ -4,9 +4,9 @@ Run it with ``python -m ch15_helpers.bench.engine --device cuda``. Every row is 
 idle, warm engine: prompts of random token ids, greedy, end-of-sequence tokens ignored, no reuse of
 prefixes. The limit adds up, step by step, the larger of bytes over read bandwidth and operations
 over matmul rate, both measured in the same run. Set-up (weights, pool, warm-up, capture) is not in
-a row's time; it is reported beside them. The limit counts every layer for every prompt token, as the
-peers compute them; our last layer leaves out what nobody samples (3 % of a prompt's operations with
-32 layers). On a CPU the model and the workloads are tiny.
+a row's time; it is reported beside them. The limit counts every layer for every prompt token, as
+peers compute them; our last layer leaves out what nobody samples, 3 % of a prompt's operations
+with 32 layers. On a CPU the model and the workloads are tiny.
 """
 
 from __future__ import annotations

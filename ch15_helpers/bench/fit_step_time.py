@@ -3,6 +3,10 @@
 ``python -m ch15_helpers.bench.fit_step_time`` sweeps batch sizes, contexts and prompt chunks on the
 real engine, adds a mixed workload, fits, and compares the simulator with the engine on other
 workloads. It prints the result; ``--write`` stores it in the package, ``--out`` elsewhere.
+
+On CUDA the engine launches each step while the one before runs. A step's time is then from the end
+of that one to its own end, which is what the device needs for it. A prompt that arrives during a
+step joins the next but one, so its first token may come one step later than simulated.
 """
 
 from __future__ import annotations
