@@ -108,3 +108,9 @@ def test_figures_are_medians_over_the_launches_of_a_kernel() -> None:
 def test_a_report_that_cannot_be_read_says_why(text: str, complaint: str) -> None:
     with pytest.raises(Ch15Error, match=complaint):
         nsight.parse(text)
+
+
+def test_stored_figures_of_the_attention_kernel() -> None:
+    text = nsight.stored("h200")
+    assert "| paged decode attention, 64 x 4096 | 244.9 µs | 92% | 30% |" in text
+    assert "NVIDIA H200" in text

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import subprocess
 from collections import defaultdict
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
@@ -82,3 +84,19 @@ def describe(figures: list[KernelFigures], limit: int = 5) -> list[str]:
         f"DRAM at {f.dram:.0%} and SMs at {f.sm:.0%} of their peak rates"
         for f in figures[:limit]
     ]
+
+
+def stored(key: str = "h200") -> str:
+    """Markdown: the figures of the attention kernel that were recorded on one hardware key."""
+    path = files("ch15_helpers.bench").joinpath("data", f"ncu_{key}.json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows = [KernelFigures(**kernel) for kernel in data["kernels"]]
+    lines = [
+        f"Recorded on {data['hardware']}, {data['recorded']}, with {data['tool']}; "
+        f"commit `{data['commit']}`.",
+        "",
+        "| kernel | time | DRAM, of its peak rate | multiprocessors, of their peak rate |",
+        "|---|--:|--:|--:|",
+    ]
+    lines += [f"| {f.name} | {f.time_us:.1f} µs | {f.dram:.0%} | {f.sm:.0%} |" for f in rows]
+    return "\n".join(lines)
