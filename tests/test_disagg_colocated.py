@@ -135,6 +135,13 @@ def test_one_token_needs_no_decode_step(tiny: Transformer, monolithic: list[list
     assert pools.decode.num_steps == 0
 
 
+def test_a_prompt_of_one_token_is_handed_over(tiny: Transformer) -> None:
+    expected = tokens_of(Engine(tiny, CONFIG).generate([[5], [6]], GREEDY))
+    pools = split(tiny)
+    assert tokens_of(pools.generate([[5], [6]], GREEDY)) == expected
+    assert [handover.num_blocks for handover in pools.handovers] == [1, 1]
+
+
 def test_times_are_on_the_clock_that_was_given(tiny: Transformer) -> None:
     ticks = count()
     pools = split(tiny, clock=lambda: float(next(ticks)))

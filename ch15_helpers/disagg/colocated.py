@@ -121,7 +121,9 @@ class SplitPools:
             ValueError: prefix caching is on, or the two have different blocks.
         """
         _check(prefill, decode)
-        prefill = replace(prefill, max_num_seqs=1, enable_chunked_prefill=False)
+        prefill = replace(
+            prefill, max_num_seqs=1, enable_chunked_prefill=False, capture_decode=False
+        )
         self.model, self.clock = model, clock
         self.prefill = PrefillEngine(model, prefill, clock=clock)
         self.decode = DecodeEngine(model, decode, clock=clock, on_step=self._after_decode)
@@ -235,6 +237,7 @@ class SplitPools:
         if output.error is not None:
             self.decode.withdraw(prompt.ticket, output.error)
             return
+        assert prompt.num_sent == self.model.config.num_hidden_layers, "a layer was not reported"
         if prompt.bad:
             handover.num_recomputed = recompute_blocks(
                 self.model,

@@ -60,6 +60,7 @@ class PrefillEngine(Engine):
     """Computes prompts and their first token; ask for ``max_tokens=1``.
 
     A prompt's blocks are freed when its step is over, so they must have been sent by then.
+    Build it with ``capture_decode=False``: a captured step of a one-token prompt reports no layers.
     """
 
     runner_type = LayerwiseRunner
