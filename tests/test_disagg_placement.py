@@ -19,6 +19,9 @@ from ch15_helpers.disagg.placement_plan import Plan, Pool, Prediction
 from ch15_helpers.disagg.placement_rates import (
     ServingLoad,
     closed_loop,
+    decode_rate,
+    handoff_s,
+    prefill_rate,
     together,
     together_rate,
     wait_s,
@@ -111,6 +114,41 @@ def test_search_equals_brute_force_and_never_returns_an_infeasible_plan(
     assert best.memory_fraction <= 1 + 1e-9
     assert best.ttft_s <= load.slo.ttft_s * (1 + 1e-9)
     assert best.tpot_s <= load.slo.tpot_s * (1 + 1e-9)
+
+
+def test_search_equals_brute_force_where_separate_pools_win() -> None:
+    costs = costs_of(LLAMA3_8B, gpu_cluster(1))
+    cuts = [Cut(), Cut(tp=2), Cut(cp=2), Cut(pp=2)]
+    apart = 0
+    for prompt, output, tpot_s in itertools.product(
+        (900, 2048, 5000), (64, 256, 1000), (0.012, 0.02)
+    ):
+        load = ServingLoad(prompt, output, SLO(0.6, tpot_s))
+        best = search(costs, load, cuts).best
+        predictions = [evaluate(plan, costs, load) for plan in every_plan(costs, cuts)]
+        expected = max(each.goodput_per_s for each in predictions)
+        assert best.goodput_per_s == pytest.approx(expected, rel=1e-12), load
+        apart += best.plan.prefill is not None
+    assert apart >= 5, "too few cases in which the ratio matters"
+
+
+def test_the_handoff_costs_time_and_ports() -> None:
+    costs, load = costs_of(LLAMA3_8B, gpu_cluster(1)), ServingLoad(2048, 101, SLO(0.6, 0.02))
+    free, waiting = decode_rate(costs, Cut(), load), decode_rate(costs, Cut(), load, 0.5)
+    assert waiting.batch < free.batch and waiting.tpot_s <= 0.02
+    step_s = costs.decode(Cut(), waiting.batch, load.mean_context).total_s
+    assert waiting.tpot_s == pytest.approx(step_s + 0.5 / 100)
+    thin = LinkModel(1e-5, 0.1)
+    carried = 0.1e9 / (2048 * costs.kv_token_bytes)
+    for cut in (Cut(), Cut(tp=2)):
+        behind = decode_rate(costs, cut, load, 0.0, thin)
+        ahead = prefill_rate(costs, cut, load, thin)
+        assert behind.bound == ahead.bound == "handoff"
+        assert behind.rate_per_s == pytest.approx(cut.num_devices * carried)
+        assert ahead.rate_per_s == pytest.approx(cut.num_devices * carried)
+    transfer_s = thin.transfer_s(2048 * costs.kv_token_bytes)
+    hidden_s = costs.prefill(Cut(), 2048).total_s * 31 / 32
+    assert handoff_s(costs, Cut(), Cut(), load, thin) == pytest.approx(transfer_s - hidden_s)
 
 
 @given(scenes, st.sampled_from([1.5, 10.0]))
