@@ -184,7 +184,9 @@ class Exchange:
         """
         counts = counts.contiguous()
         received = torch.empty_like(counts)
-        due_s = self._due_s([1] * self.size, [1] * self.size, counts[0].nbytes)
+        # So few bytes pass between the packets of a long message: they do not queue behind it.
+        one = [1] * self.size
+        due_s = self._due_s(one, one, counts[0].nbytes, queue=False)
         dist.all_to_all_single(received, counts, group=self.group)
         self._count("counts", [1] * self.size, counts[0].nbytes)
         hold_until(due_s)
@@ -205,14 +207,19 @@ class Exchange:
         )
         return Pending(out, bytes_in, work, due_s)
 
-    def _due_s(self, sent: Sequence[int], received: Sequence[int], row_bytes: int) -> float:
+    def _due_s(
+        self, sent: Sequence[int], received: Sequence[int], row_bytes: int, queue: bool = True
+    ) -> float:
         """When the modelled link is done, were all ranks to start now; 0 without one."""
         if self.link is None:
             return 0.0
         sizes = ([rows * row_bytes for rows in way] for way in (sent, received))
         latency_s, wire_s = self.link.cost_s(self.ranks[self.rank], self.ranks, *sizes)
+        start_s = time.perf_counter()
+        if not queue:
+            return start_s + wire_s + latency_s
         # Messages queue at the port; latencies overlap.
-        self._port_free_s = max(time.perf_counter(), self._port_free_s) + wire_s
+        self._port_free_s = max(start_s, self._port_free_s) + wire_s
         return self._port_free_s + latency_s
 
     def _count(self, what: str, rows: Sequence[int], row_bytes: int) -> None:
