@@ -211,9 +211,9 @@ def _each_expert(rows: Tensor, gate_up: Tensor, down: Tensor, counts: list[int])
 
 
 def _combine(y: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
-    if y.dtype == torch.float32 and y.device.type == "cpu":
+    if y.device.type == "cpu" and y.dtype != torch.float64:
         starts = torch.arange(0, positions.numel(), weights.shape[1])
-        return _sum_bags(y, positions.flatten(), starts, weights.flatten())
+        return _sum_bags(y.float(), positions.flatten(), starts, weights.flatten()).to(y.dtype)
     chosen = y.index_select(0, positions.flatten()).view(*positions.shape, -1)
     return (weights[:, :, None] * chosen).sum(1).to(y.dtype)
 
