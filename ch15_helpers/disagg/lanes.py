@@ -9,7 +9,7 @@ from torch import Tensor
 from ch15_helpers.disagg.freight import Batch
 from ch15_helpers.disagg.message import message_bytes
 from ch15_helpers.disagg.transfer import Transfer
-from ch15_helpers.disagg.wire import Wire, WireMessage
+from ch15_helpers.disagg.wire import NoBufferNow, Wire, WireMessage
 
 Lane = tuple[bool, int, int]
 """(sending, peer, channel); the channel is -1 on wires that ignore channels."""
@@ -44,8 +44,14 @@ class Lanes:
         for lane in [lane for lane, queue in self._queues.items() if queue]:
             queue = self._queues[lane]
             for _ in range(min(len(queue), self._wire.window - count[lane])):
-                batch = queue.popleft()
-                message = self._message(batch)
+                batch = queue[0]
+                try:
+                    message = self._message(batch)
+                except NoBufferNow:
+                    if not self._under_way:  # nothing will free any
+                        raise
+                    break
+                queue.popleft()
                 self._under_way[message] = batch
                 started.append((message, batch))
             if not queue:

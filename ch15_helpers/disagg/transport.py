@@ -84,7 +84,7 @@ class BlockTransport:
         *,
         clock: Clock,
         verify: bool = True,
-        max_message_bytes: int = 4 * 1024**2,
+        max_message_bytes: int = 8 * 1024**2,
         default_timeout_s: float = 30.0,
     ) -> None:
         """Wrap a wire.

@@ -11,6 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ch15_helpers.errors import TransportError
+
+
+class NoBufferNow(TransportError):
+    """A wire has no memory for a message until one that is under way is over."""
+
 
 @dataclass(eq=False, slots=True)
 class WireMessage:
@@ -84,7 +90,7 @@ class Wire(Protocol):
     def zero_copy(self) -> bool: ...
 
     def new_buffer(self, num_bytes: int) -> Tensor:
-        """Memory for a message, uint8 [num_bytes] on ``device``."""
+        """Memory for a message, uint8 [num_bytes] on ``device``. Raises NoBufferNow."""
 
     def start(self, messages: Sequence[WireMessage]) -> None:
         """Begin moving; does not wait."""

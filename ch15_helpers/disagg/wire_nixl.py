@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ch15_helpers.disagg.wire import WireMessage
+from ch15_helpers.disagg.wire import NoBufferNow, WireMessage
 from ch15_helpers.errors import TransportError
 
 _ANNOUNCE = struct.Struct("<cqqqq")  # b"A", channel, number of the send, address, bytes
@@ -74,14 +74,15 @@ class NixlWire:
         self._pause = threading.Event()
 
     def new_buffer(self, num_bytes: int) -> Tensor:
-        """Registered memory. Raises TransportError when ``staging_bytes`` are used up."""
+        """Registered memory. Raises NoBufferNow when ``staging_bytes`` are used up."""
         start = self._num_used
-        self._num_used += -(-num_bytes // 64) * 64
-        if self._num_used > len(self._staging):
-            raise TransportError(
+        end = start + -(-num_bytes // 64) * 64
+        if end > len(self._staging):
+            raise NoBufferNow(
                 f"messages under way need more than the {len(self._staging)} bytes of staging "
                 "memory; raise staging_bytes or lower max_message_bytes"
             )
+        self._num_used = end
         return self._staging[start : start + num_bytes]
 
     def start(self, messages: Sequence[WireMessage]) -> None:
