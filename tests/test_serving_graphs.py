@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from ch15_helpers.kv.cache import PagedKVCache
 from ch15_helpers.model.config import LLAMA3_8B, SMOLLM2_135M
 from ch15_helpers.serving.batch_builder import BatchBuilder, HostBatch, Uploader
 from ch15_helpers.serving.graph_buffers import GraphBuffers, StepShape
-from ch15_helpers.serving.graphs import in_pieces, ladder, prompt_ladder
+from ch15_helpers.serving.graphs import StepGraphs, in_pieces, ladder, prompt_ladder
 from ch15_helpers.serving.last_ids import LastIds, fill_in
 from ch15_helpers.serving.request import PENDING_TOKEN, Request
 from ch15_helpers.serving.scheduler import Scheduler, SchedulerConfig
@@ -116,3 +118,45 @@ def test_the_builder_refers_to_pending_tokens() -> None:
     scheduler.check_invariants()
     known = BatchBuilder(16).build(step, scheduler.blocks.tables, last.rows)
     assert not known.has_pending and known.token_ids.tolist() == [10, 11, 12]
+
+
+def graphs_of(model, monkeypatch: pytest.MonkeyPatch, room: int = 10**9) -> StepGraphs:
+    """Graphs whose capture is only noted; steps of more than ``room`` tokens do not fit."""
+
+    def capture_one(self, shape: StepShape):
+        if shape.tokens > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return SimpleNamespace(graph=SimpleNamespace(pool=lambda: None))
+
+    monkeypatch.setattr(StepGraphs, "_capture_one", capture_one)
+    cache = PagedKVCache(model.config, 64, 16)
+    graphs = StepGraphs(model, cache, 8, 512, LastIds(8, CPU))
+    graphs.capture(graphs.prompt_shapes(256) + graphs.decode_shapes())
+    return graphs
+
+
+def test_what_has_no_room_is_left_out_of_the_ladder(
+    tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs = graphs_of(tiny, monkeypatch)
+    assert graphs.sizes == [1, 2, 4, 8] and graphs.prompt_sizes[-1] == 256
+    small = graphs_of(tiny, monkeypatch, room=48)
+    assert small.sizes == [1, 2, 4, 8] and small.prompt_sizes == [16, 24, 32, 48]
+    assert "no memory to capture steps of 256 tokens" in caplog.text
+    none = graphs_of(tiny, monkeypatch, room=0)
+    assert none.sizes == [] and none.run(mixed_batch(0)) is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_batch_gets_the_smallest_step_that_holds_it(
+    tiny, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    graphs, batch = graphs_of(tiny, monkeypatch), mixed_batch(seed)
+    shape, pieces = graphs._fit(batch)
+    assert shape is not None and shape.tokens >= len(batch.token_ids)
+    smaller = [size for size in graphs.prompt_sizes if size < shape.tokens]
+    assert all(size < len(batch.token_ids) for size in smaller)
+    assert len(pieces.query_lens) <= shape.seqs and len(batch.logits_indices) <= shape.rows
+    assert (shape.query_len == 0) == batch.is_decode
+    graphs._max_context = int(pieces.context_lens.sum()) - 1  # attention would read too much
+    assert (graphs._fit(batch)[0] is None) == (not batch.is_decode)
