@@ -102,6 +102,7 @@ class DisaggCluster:
         network: str | LinkModel | None = None,
         arrivals_s: Sequence[float] | None = None,
         max_open: int | None = None,
+        draft_length: int | None = None,
         on_poll: Callable[[DisaggCluster], None] | None = None,
     ) -> DisaggRun:
         """Serve a list of requests; all of them end, well or with an error.
@@ -113,6 +114,8 @@ class DisaggCluster:
             network: a link to simulate around the real medium, by name or as a model.
             arrivals_s: when each arrives, from the start, ascending; None is all at once.
             max_open: a closed loop: so many are open at once.
+            draft_length: tokens to draft in this run, where the spec has speculation; 0 is none,
+                None is the spec's.
             on_poll: called again and again while requests are open, e.g. to break something.
 
         Raises:
@@ -120,7 +123,7 @@ class DisaggCluster:
             TransportError: there is no such link.
         """
         link = resolve_network(network)
-        vocab_size = self._configure(overlap, link)
+        vocab_size = self._configure(overlap, link, draft_length)
         if isinstance(prompts, Workload):
             workload = prompts
             prompts = [workload.prompt(index, vocab_size) for index in range(len(workload))]
@@ -148,10 +151,19 @@ class DisaggCluster:
             num_late=coordinator.num_late - self._before[1],
         )
 
-    def _configure(self, overlap: bool, link: LinkModel | None) -> int:
+    def _configure(self, overlap: bool, link: LinkModel | None, draft_length: int | None) -> int:
         """Begin a run on all ranks; returns the size of the model's vocabulary."""
+        if draft_length and self.spec.speculate is None:
+            raise InvalidRequestError(
+                "draft_length is for a spec with speculate='ngram' or another"
+            )
         coordinator = self._coordinator
-        message = {"overlap": overlap, "network": None if link is None else asdict(link)}
+        length = self.spec.draft_length if draft_length is None else draft_length
+        message = {
+            "overlap": overlap,
+            "network": None if link is None else asdict(link),
+            "draft_length": length,
+        }
         answers = coordinator.ask({"op": "configure", **message}, "configured")
         self._before = coordinator.num_replaced, coordinator.num_late
         return max((answer["vocab_size"] for answer in answers.values()), default=0)

@@ -24,6 +24,7 @@ from ch15_helpers.errors import ReplicaError
 from ch15_helpers.serving.channel import Channel, Message
 from ch15_helpers.serving.engine import Engine, StepRecord
 from ch15_helpers.serving.step import Step
+from ch15_helpers.speculative.engine import SpeculativeEngine
 
 _POLL_S = 5e-4  # while bytes are under way and there is nothing to compute
 _LOOK_S = 0.05  # for leases that end
@@ -186,6 +187,8 @@ class RankServer:
         network = message["network"]
         self.wire.simulate(None if network is None else LinkModel(**network))
         self.overlap = message["overlap"]
+        if isinstance(self.engine, SpeculativeEngine):
+            self.engine.set_lengths(message["draft_length"])
         self.counts.clear()
         self._peaks = dict.fromkeys(self._peaks, 0)
         self._late_before = self.transport.num_late

@@ -233,6 +233,12 @@ class SpeculativeEngine(Engine):
         runner = cast(SpeculativeRunner, self.runner)
         runner.proposer, runner.lengths, runner.stats = self.proposer, self.lengths, self.stats
 
+    def set_lengths(self, lengths: DraftLengths | int) -> None:
+        """Draft so many tokens from now on; 0 is none."""
+        self.lengths = FixedLength(lengths) if isinstance(lengths, int) else lengths
+        cast(SpeculativeScheduler, self.scheduler).lengths = self.lengths
+        cast(SpeculativeRunner, self.runner).lengths = self.lengths
+
     def _forget(self, request_id: str) -> None:
         self.proposer.forget(request_id)
         self.lengths.forget(request_id)
