@@ -235,6 +235,15 @@ def test_rebalancing_gains_when_still_and_after_a_shift_and_its_stall_is_counted
     assert hurt > 1.3 * before and after < 0.8 * hurt
 
 
+def test_noise_moves_no_weights_where_a_gain_is_asked_for():
+    router = SyntheticRouter(32, 4, skew=0.0, seed=3)
+    even = [expert_counts(router.route(256)[1], 32).tolist() for _ in range(20)]
+    always, careful = serve(even, 4), serve(even, 4, least_gain=0.15)
+    assert always.moved_bytes > 0 == careful.moved_bytes
+    assert careful.total_s < always.total_s
+    assert serve(drifting_counts(0.0), 8, least_gain=0.15).num_rebalances == 1
+
+
 def test_rebalancing_loses_when_weights_are_heavy_and_loads_change_faster_than_the_window():
     fast = drifting_counts(1.0)
     slow_link = {"port_GBps": 0.05}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ch15_helpers.errors import MoEError
-from ch15_helpers.moe.balancing import balance_hierarchical, rank_loads
+from ch15_helpers.moe.balancing import balance_hierarchical, imbalance, rank_loads
 from ch15_helpers.moe.expert_parallel import ExpertParallel
 from ch15_helpers.moe.experts import ExpertWeights
 from ch15_helpers.moe.placement import EMPTY, ExpertPlacement
@@ -202,6 +202,7 @@ def serve_under_drift(
     bytes_per_expert: int,
     port_GBps: float,
     ranks_per_node: int | None = None,
+    least_gain: float = 0.0,
 ) -> DriftRun:
     """Serve batches of known expert loads, rebalancing on what was seen before.
 
@@ -210,6 +211,8 @@ def serve_under_drift(
         interval: rebalance before every so many batches; None keeps the even placement.
         window: batches that the loads are averaged over; only earlier ones.
         s_per_pair: time of one pair on one rank.
+        least_gain: by which the busiest rank over the mean must fall, on the loads seen, for
+            weights to move; loads of few tokens always look uneven.
     """
     if not counts or window < 1 or (interval is not None and interval < 1):
         raise MoEError("expected at least one batch, window ≥ 1, and interval ≥ 1 or None")
@@ -220,6 +223,8 @@ def serve_under_drift(
         if interval is not None and batch and batch % interval == 0:
             seen = np.mean(np.asarray(counts[max(0, batch - window) : batch]), axis=0).tolist()
             found = balance_hierarchical(seen, num_ranks, slots_per_rank, node, current=placement)
+            if imbalance(seen, placement) - imbalance(seen, found) < least_gain:
+                found = placement
             found = keep_in_place(placement, found, ranks_per_node)
             links = moved_bytes(
                 plan_moves(placement, found, ranks_per_node), slots_per_rank, bytes_per_expert
