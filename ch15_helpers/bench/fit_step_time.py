@@ -148,7 +148,9 @@ def fit_on(
         report: told the name of each workload before it runs.
     """
     config = EngineConfig(
-        max_num_seqs=sweep.max_num_seqs, max_num_batched_tokens=sweep.max_num_batched_tokens
+        max_num_seqs=sweep.max_num_seqs,
+        max_num_batched_tokens=sweep.max_num_batched_tokens,
+        async_scheduling=False,  # each step has a time of its own, as in the simulator
     )
     engine = Engine(model, config, clock=timer.clock)
     engine.generate([[1] * 64, [2] * 16])

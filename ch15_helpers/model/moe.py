@@ -53,9 +53,13 @@ class MoEBlock:
 
     @property
     def can_capture(self) -> bool:
-        """Whether the block runs without a word from the host: see :func:`can_fuse`."""
+        """Whether the block runs without a word from the host: see :func:`can_fuse`.
+
+        A router that is watched (an attribute hides the method) reports to the host.
+        """
         weight = self.down_proj
-        return can_fuse(weight.device, weight.dtype, *weight.shape[1:])
+        fuses = can_fuse(weight.device, weight.dtype, *weight.shape[1:])
+        return fuses and "route" not in vars(self)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names below ``model.layers.i.`` and the views that hold them."""

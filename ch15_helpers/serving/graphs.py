@@ -16,9 +16,11 @@ CUDA graphs for LLM decode: vLLM and gpt-fast (2023), both with a ladder of batc
 
 from __future__ import annotations
 
+import gc
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,9 +223,21 @@ class StepGraphs:
             step()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
             logits = step()
         return _Captured(graph, buffers, metadata, logits, greedy)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's collector out of a capture: an old engine's graphs, freed then, break it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _greedy_params(rows: int, device: torch.device) -> tuple[Tensor, ...]:
