@@ -13,8 +13,8 @@ from ch15_helpers import Engine, EngineConfig, SamplingParams, load_model
 from ch15_helpers.errors import ModelLoadError
 from ch15_helpers.kernels.linear import linear
 from ch15_helpers.kernels.linear_cpu import (
-    has_native_bfloat16,
     layouts_of,
+    onednn_has_bfloat16,
     pack_weight,
     unpack_weight,
 )
@@ -25,7 +25,7 @@ needs_panels = pytest.mark.skipif(
     "panels" not in layouts_of(torch.float32), reason="this torch has no MKL"
 )
 needs_bfloat16 = pytest.mark.skipif(
-    not has_native_bfloat16(), reason="this processor does not multiply bfloat16"
+    not onednn_has_bfloat16(), reason="oneDNN has no bfloat16 on this processor"
 )
 TINY_MODELS = ("random:TINY", "random:TINY_MOE")
 
@@ -121,10 +121,10 @@ def test_a_changed_packed_weight_changes_the_product() -> None:
 def test_the_rule_depends_on_dtype_and_processor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_layout(torch.float32) == "rows"
     assert choose_layout(torch.float16) == "rows"
-    native = has_native_bfloat16()
+    native = onednn_has_bfloat16()
     assert choose_layout(torch.bfloat16) == ("onednn" if native else "rows")
     monkeypatch.setattr(cpu_weights, "layouts_of", lambda dtype: ("rows",))
-    monkeypatch.setattr(cpu_weights, "has_native_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu_weights, "onednn_has_bfloat16", lambda: False)
     assert choose_layout(torch.bfloat16) == "rows"
     assert cpu_weights.fastest_dtype() == torch.float32
     assert load_model("random:TINY", "cpu", torch.bfloat16).weight_layout == "rows"
@@ -144,7 +144,7 @@ def test_fastest_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_weights, "measure_layouts", fake)
     best = layouts_of(torch.float32)[-1]
     assert load_model("random:TINY", "cpu", cpu_layout="fastest").weight_layout == best
-    expected = torch.bfloat16 if has_native_bfloat16() else torch.float32
+    expected = torch.bfloat16 if onednn_has_bfloat16() else torch.float32
     assert load_model("random:TINY", "cpu", "fastest").dtype == expected
 
 

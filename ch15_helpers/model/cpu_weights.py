@@ -1,10 +1,10 @@
 """Which layout and dtype a model's weights get on the CPU: by a fixed rule, or by measurement.
 
 The rule (``layout=None``) depends on the dtype and the processor alone, so that every process of
-a run rounds alike: float32 keeps ``rows``, bfloat16 gets ``onednn`` where the processor
-multiplies it. A measurement (``layout="fastest"``, or ``dtype="fastest"`` of
-:func:`.load_model`) times each candidate on this machine; two runs may choose differently, and
-then their float32 logits differ in the last bits.
+a run rounds alike: float32 keeps ``rows``, bfloat16 gets ``onednn`` where oneDNN takes it. A
+measurement (``layout="fastest"``, or ``dtype="fastest"`` of :func:`.load_model`) times each
+candidate on this machine; two runs may choose differently, and then their float32 logits differ
+in the last bits.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from ch15_helpers.errors import ModelLoadError
 from ch15_helpers.kernels.linear_cpu import (
     LAYOUTS,
-    has_native_bfloat16,
     layouts_of,
     linear_cpu,
+    onednn_has_bfloat16,
     pack_weight,
 )
 from ch15_helpers.model.transformer import DenseMLP, Transformer
@@ -73,7 +73,7 @@ def measure_layouts(dtypes: Iterable[torch.dtype]) -> list[LayoutTiming]:
 
 def fastest_dtype() -> torch.dtype:
     """float32, or bfloat16 where its weights were measured to be faster on this machine."""
-    if not has_native_bfloat16():
+    if not onednn_has_bfloat16():
         return torch.float32
     return measure_layouts((torch.float32, torch.bfloat16))[0].dtype
 
