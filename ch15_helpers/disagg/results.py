@@ -1,4 +1,9 @@
-"""What comes out of a disaggregated run: outputs, handovers taken apart, and what each rank did."""
+"""What comes out of a disaggregated run: outputs, handovers taken apart, and what each rank did.
+
+Times are absolute on the monotonic clock, which all processes of a host share. Across hosts, what
+lies between two ranks is only as good as the agreement of their clocks; durations within one rank
+are right everywhere.
+"""
 
 from __future__ import annotations
 
