@@ -143,6 +143,18 @@ def test_damage_shows(cluster: DisaggCluster) -> None:
     assert tokens(broken) != tokens(clean)
 
 
+def test_an_interrupted_run_leaves_nothing_behind(cluster: DisaggCluster) -> None:
+    def interrupt(cluster: DisaggCluster) -> None:
+        if cluster.num_started:
+            raise KeyboardInterrupt
+
+    params = SamplingParams(max_tokens=300, ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.run(PROMPTS, params, on_poll=interrupt)
+    assert tokens(cluster.run(PROMPTS, GREEDY)) == reference(GREEDY)
+    cluster.check_drained()
+
+
 @pytest.mark.parametrize("fault", ["corrupt", "exchange"])
 def test_damaged_parts_are_computed_again(cluster: DisaggCluster, fault: str) -> None:
     cluster.fault(0, fault, count=1)

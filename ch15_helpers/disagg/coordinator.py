@@ -101,6 +101,14 @@ class Coordinator:
         self._open[ticket.number] = ticket
         self._place(ticket)
 
+    def abandon(self) -> None:
+        """Nobody waits for the open requests any more; forget them and all that have ended."""
+        for ticket in self._open.values():
+            self._close(ticket)
+        self._open.clear()
+        self._ended.clear()
+        self._of_number.clear()
+
     def poll(self, timeout_s: float) -> list[Ticket]:
         """Hear the ranks, move what was lost; returns the requests that ended."""
         listening = [link for link in self.links if link.gone is None]
@@ -244,7 +252,8 @@ class Coordinator:
             return
         number = message["attempt"]
         if operation == "handed":
-            self._of_number[number].sender[number] = message
+            if (late := self._of_number.get(number)) is not None:
+                late.sender[number] = message
             return
         placed = self._placed.get(number)
         if placed is None:

@@ -158,6 +158,7 @@ class DisaggCluster:
                 "draft_length is for a spec with speculate='ngram' or another"
             )
         coordinator = self._coordinator
+        coordinator.abandon()  # what an interrupted run has left
         length = self.spec.draft_length if draft_length is None else draft_length
         message = {
             "overlap": overlap,
