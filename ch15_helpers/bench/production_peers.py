@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ch15_helpers.bench import engine, kernels, moe, production, records
+from ch15_helpers.bench import engine, kernel_rows, kernels, moe, production, records
 from ch15_helpers.bench.expectations import write_json_atomically
 from ch15_helpers.bench.paths import runs_dir
 from ch15_helpers.bench.records import Row
@@ -48,7 +48,7 @@ def flashinfer_rows(profile: HardwareProfile) -> list[Row]:
         total = int(counts.sum())
         shape = (total, 2, case.page, case.kv_heads, case.head_dim)
         pages = [torch.randn(shape, device=device, dtype=torch.bfloat16)
-                 for _ in range(kernels.LAYERS)]  # fmt: skip
+                 for _ in range(kernel_rows.LAYERS)]  # fmt: skip
         q = torch.randn(len(counts), case.heads, case.head_dim, device=device, dtype=torch.bfloat16)
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -67,9 +67,9 @@ def flashinfer_rows(profile: HardwareProfile) -> list[Row]:
         )
 
         def call(turn: int, run: Any = wrapper.run, q: Any = q, pages: Any = pages) -> object:
-            return run(q, pages[turn % kernels.LAYERS])
+            return run(q, pages[turn % kernel_rows.LAYERS])
 
-        took_s = kernels.time_s(call, device)
+        took_s = kernel_rows.time_s(call, device)
         rate = case.kv_bytes(torch.bfloat16) / took_s / 1e12
         rows.append(Row("attention", records.attention_work(name), "TB/s", system, rate))
     return rows

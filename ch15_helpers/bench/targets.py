@@ -135,6 +135,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "inference_placement",
                 "inference_placement.ipynb",
                 "even split of the devices → a costed search over parallelism and pools",
+                ranks=2,
             ),
             Target(
                 "speculative_decoding",

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ch15_helpers.kernels.fused_moe_hopper_copy import copy_warps, locate, next_item
+from ch15_helpers.kernels.fused_moe_copy_triton_hopper import copy_warps, locate, next_item
 from ch15_helpers.kernels.moe_permute import ExpertOrder
 
 HALF = 64  # rows of one group of warps; experts start at multiples of it
