@@ -2,11 +2,11 @@
 
 ``python -m ch15_helpers.bench.fit_step_time`` sweeps batch sizes, contexts and prompt chunks on the
 real engine, adds a mixed workload, fits, and compares the simulator with the engine on other
-workloads. It prints the result; ``--write`` stores it in the package, ``--out`` elsewhere.
+workloads. It prints the result; ``--write`` stores it in the package, ``--out`` elsewhere,
+with every step that was fitted on.
 
-On CUDA the engine launches each step while the one before runs. A step's time is then from the end
-of that one to its own end, which is what the device needs for it. A prompt that arrives during a
-step joins the next but one, so its first token may come one step later than simulated.
+The engine runs one step after the other, on CUDA too, as the simulator does. Ahead of time
+(``async_scheduling``) it is faster by what the host needs between two steps.
 """
 
 from __future__ import annotations
@@ -140,13 +140,19 @@ class Timer:
 
 
 def fit_on(
-    model: Transformer, sweep: Sweep, timer: Timer, report: Callable[[str], None] = lambda _: None
+    model: Transformer,
+    sweep: Sweep,
+    timer: Timer,
+    report: Callable[[str], None] = lambda _: None,
+    recorder: StepRecorder | None = None,
 ) -> Validation:
     """Run a sweep on an engine and fit; then run and simulate the test workloads.
 
     Args:
         report: told the name of each workload before it runs.
+        recorder: gets the steps that are fitted on, to look at them afterwards.
     """
+    recorder = StepRecorder() if recorder is None else recorder
     config = EngineConfig(
         max_num_seqs=sweep.max_num_seqs,
         max_num_batched_tokens=sweep.max_num_batched_tokens,
@@ -154,7 +160,7 @@ def fit_on(
     )
     engine = Engine(model, config, clock=timer.clock)
     engine.generate([[1] * 64, [2] * 16])
-    recorder, limits, wait = StepRecorder(), engine.scheduler.config, timer.clock.wait
+    limits, wait = engine.scheduler.config, timer.clock.wait
     label = f"{model.source} in {str(model.dtype).removeprefix('torch.')} on {_where(model)}"
     for workload in sweep.cell_workloads():
         report(workload.name)
@@ -248,7 +254,8 @@ def main(
         with Progress(console=console) as bar:
             total = len(sweep.cells) + 1 + len(sweep.tests)
             task = bar.add_task("fitting", total=total)
-            found = fit_on(lm, sweep, timer, lambda name: bar.update(task, advance=1))
+            steps = StepRecorder()
+            found = fit_on(lm, sweep, timer, lambda name: bar.update(task, advance=1), steps)
     except Ch15Error as error:
         console.print(f"error: {error}")
         raise typer.Exit(1) from None
@@ -260,6 +267,9 @@ def main(
     if write or out is not None:
         write_json_atomically(folder / file_name(stored.key), stored.to_dict())
         console.print(f"stored as {file_name(stored.key)}")
+    if out is not None:
+        raw = {"features": [list(f) for f in steps.features], "seconds": steps.seconds}
+        write_json_atomically(out / f"steps_{stored.key}.json", raw)
 
 
 if __name__ == "__main__":

@@ -66,14 +66,18 @@ def table(comparisons: Sequence[Comparison]) -> str:
              "its number", "our speed over its")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---|---|--:|--:|--:|---|--:|--:|"]
     for c in comparisons:
-        limit = "–" if c.ours.limit is None else f"{c.ours.limit:.4g}"
+        limit = "–" if c.ours.limit is None else _number(c.ours.limit)
         fraction = "–" if c.ours.fraction is None else f"{c.ours.fraction:.0%}"
         peer = c.peers[0]
         lines.append(
-            f"| {c.ours.work} | {c.ours.unit} | {c.ours.value:.4g} | {limit} | {fraction} "
-            f"| {peer.system} | {peer.value:.4g} | {c.ratio:.2f}× |"
+            f"| {c.ours.work} | {c.ours.unit} | {_number(c.ours.value)} | {limit} | {fraction} "
+            f"| {peer.system} | {_number(peer.value)} | {c.ratio:.2f}× |"
         )
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def measure_ours(profile: HardwareProfile) -> list[Row]:
