@@ -112,7 +112,9 @@ def test_a_sweep_is_fitted_and_tested_on_other_workloads(tiny: Transformer) -> N
     found = fit_on(tiny, SMALL, Timer.wall(), seen.append)
     assert len(seen) == len(SMALL.cells) + 1 + len(SMALL.tests)
     assert found.fit.num_steps > 20 and len(found.comparisons) == 1
-    assert found.model.constant_s > 0 and "random:TINY in float32" in found.model.fitted_on
+    # On a busy machine the constant may be fitted away, but not the step.
+    assert found.model.decode_step_s(4, 64) > 0
+    assert "random:TINY in float32" in found.model.fitted_on
     for sweep in SWEEPS.values():
         names = {each.name for each in sweep.cell_workloads()}
         assert len(names) == len(sweep.cells)
