@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -57,13 +57,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Record:
-    """A file of rows: where, when, with what and under which conditions."""
+    """A file of rows: where, when, with what and under which conditions.
+
+    Attributes:
+        ceilings: of that machine, measured when the rows were; empty where each row has its limit.
+    """
 
     hardware: str
     recorded: str
     software: str
     conditions: dict[str, str]
     rows: tuple[Row, ...]
+    ceilings: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         rows = [{k: v for k, v in asdict(row).items() if v is not None} for row in self.rows]

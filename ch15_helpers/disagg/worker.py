@@ -23,12 +23,9 @@ from ch15_helpers.disagg.prefill import PrefillServer
 from ch15_helpers.disagg.rank import RankServer
 from ch15_helpers.disagg.spec import DisaggSpec
 from ch15_helpers.disagg.stages import PrefillEngine
-from ch15_helpers.errors import HardwareError
-from ch15_helpers.model.loading import load_model
-from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.channel import Channel
 from ch15_helpers.serving.engine import Engine
-from ch15_helpers.serving.replica_worker import die_with_parent
+from ch15_helpers.serving.replica_worker import die_with_parent, load_on_rank
 
 _MEET_S = 120.0
 
@@ -50,7 +47,7 @@ def serve(order: Mapping[str, Any]) -> None:
 def _server(spec: DisaggSpec, order: Mapping[str, Any], channel: Channel) -> RankServer:
     torch.set_grad_enabled(False)
     rank = order["rank"]
-    model = _load(spec, order["local_rank"])
+    model = load_on_rank(spec.model, spec.device, spec.dtype, order["local_rank"])
     joined = _meet(spec, rank, order["store"])
     about = {"op": "ready", "device": str(model.device)}
     if spec.role(rank) == "prefill":
@@ -66,20 +63,6 @@ def _server(spec: DisaggSpec, order: Mapping[str, Any], channel: Channel) -> Ran
         about["address"] = f"{host}:{port}"
     channel.send({**about, "num_blocks": engine.cache.num_blocks})
     return server
-
-
-def _load(spec: DisaggSpec, local_rank: int) -> Transformer:
-    device = spec.device
-    if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise HardwareError(
-                f"rank {local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; "
-                "start as many ranks as GPUs, or use device 'cpu'"
-            )
-        device = f"cuda:{local_rank}"
-        torch.cuda.set_device(local_rank)
-    dtype = None if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    return load_model(spec.model, device=device, dtype=dtype)
 
 
 def _meet(spec: DisaggSpec, rank: int, store: Any) -> Joined:

@@ -64,6 +64,7 @@ def _gather_rows(buffer, row_ptr, real, column):
 def copy_warps(a, descs, buffers, bars, sizes, tiles_ptr, claims_ptr, GATHER: gl.constexpr,
                 TOP_K: gl.constexpr, GROUP: gl.constexpr,
                 TALL_FIRST: gl.constexpr):  # fmt: skip
+    """Claim items, post them, and copy their rows and weights into the buffers, stage by stage."""
     w_desc, _ = descs
     a_bufs, w_bufs, _, items = buffers
     empty, ready, item_free, item_posted = bars

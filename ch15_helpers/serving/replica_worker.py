@@ -17,6 +17,7 @@ import sys
 import time
 from typing import Any
 
+from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.channel import Channel, Message
 from ch15_helpers.serving.engine import Engine, StepRecord
 from ch15_helpers.serving.replica_spec import ReplicaSpec
@@ -118,29 +119,40 @@ class ReplicaServer:
             self.channel.send({"op": "beat"})
 
 
-def build_engine(spec: ReplicaSpec, local_rank: int) -> Engine:
-    """The engine of one rank: on GPU number ``local_rank``, or on the CPU.
+def load_on_rank(source: str, device: str, dtype: str, local_rank: int) -> Transformer:
+    """The model of one rank: on GPU number ``local_rank``, or on the CPU.
+
+    Args:
+        device, dtype: as in a specification: "cpu" or "cuda"; "auto" or a torch type's name.
 
     Raises:
-        HardwareError: there are fewer GPUs than ranks. Two replicas never share one.
+        HardwareError: there are fewer GPUs than ranks. Two ranks never share one.
     """
     import torch
 
     from ch15_helpers.errors import HardwareError
     from ch15_helpers.model.loading import load_model
 
-    device = spec.device
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise HardwareError(
                 f"rank {local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; "
-                "start as many replicas as GPUs, or use device 'cpu'"
+                "start as many ranks as GPUs, or use device 'cpu'"
             )
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
-    dtype = None if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    return load_model(
+        source, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype)
+    )
+
+
+def build_engine(spec: ReplicaSpec, local_rank: int) -> Engine:
+    """The engine of one replica; errors as for ``load_on_rank``."""
+    import torch
+
     torch.set_grad_enabled(False)
-    return Engine(load_model(spec.model, device=device, dtype=dtype), spec.engine_config())
+    model = load_on_rank(spec.model, spec.device, spec.dtype, local_rank)
+    return Engine(model, spec.engine_config())
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -72,11 +72,8 @@ def explore_formula(
         0.703
     """
     formulas: list[Curve | Readout] = [*curves, *readouts]
-    names = [s.name for s in sliders] + [item.name for item in formulas]
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise ValueError(f"explorer {title!r}: names used twice: {', '.join(repeated)}")
     by_name = {s.name: s for s in sliders}
+    _check_names(title, [item.name for item in (*sliders, *formulas)])
     if chart != "bar" and x not in by_name:
         raise ValueError(
             f"explorer {title!r}: x={x!r} names no slider; there are {sorted(by_name)}"
@@ -97,6 +94,12 @@ def explore_formula(
         ],
     }
     return FormulaExplorer(spec, sliders, {item.name: item.py for item in formulas})
+
+
+def _check_names(title: str, names: list[str]) -> None:
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise ValueError(f"explorer {title!r}: names used twice: {', '.join(repeated)}")
 
 
 def _plain(item: Slider | Curve | Readout, *fields: str) -> dict[str, Any]:
