@@ -20,12 +20,14 @@ class StepShape:
         tokens, seqs: of the flat batch, padding included.
         rows: logits that are computed.
         query_len: most tokens of one sequence; 0 for decode steps, where each sequence has one.
+        verifies: the logits of every token are wanted, as drafts need them.
     """
 
     tokens: int
     seqs: int
     rows: int
     query_len: int
+    verifies: bool = False
 
     @classmethod
     def decode(cls, num_seqs: int) -> StepShape:

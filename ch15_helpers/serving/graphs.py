@@ -9,7 +9,8 @@ has left it (see ``LastIds``); sampled requests use its logits.
 
 Steps with prompts are captured, too, as far as launching takes longer than computing. In them a
 chunk is cut into pieces of as many queries as the decode attention takes for one sequence, because
-that kernel reads all lengths on the device.
+that kernel reads all lengths on the device. For the same reason a verification of drafts needs one
+graph for each number of tokens, not for each mixture of draft lengths.
 
 CUDA graphs for LLM decode: vLLM and gpt-fast (2023), both with a ladder of batch sizes.
 """
@@ -63,12 +64,21 @@ def prompt_ladder(config: ModelConfig, max_num_batched_tokens: int) -> list[int]
     They end where computing takes longer than launching (or with the largest step): with
     SmolLM2's 30 narrow layers beyond any step, with Llama-3-8B's 32 wide ones at 512.
     """
+    return _up_to(config, max_num_batched_tokens, shortest=16)
+
+
+def verification_ladder(config: ModelConfig, max_tokens: int) -> list[int]:
+    """Token counts to capture for verifications: 4, 6, 8, 12 and so on, to the same end."""
+    return _up_to(config, max_tokens, shortest=4)
+
+
+def _up_to(config: ModelConfig, max_tokens: int, shortest: int) -> list[int]:
     flops = 2 * config.num_parameters(active_only=True)
     worth = config.num_hidden_layers * _LAUNCH_S_PER_LAYER * _FLOPS_PER_S / flops
-    most = min(int(worth), max_num_batched_tokens)
-    sizes = [size for n in range(4, 15) for size in (1 << n, 3 << (n - 1))]
-    kept = [size for size in sizes if size < most]
-    return [*kept, max_num_batched_tokens] if most == max_num_batched_tokens else kept
+    most = min(int(worth), max_tokens)
+    sizes = [size for n in range(2, 15) for size in (1 << n, 3 << (n - 1))]
+    kept = [size for size in sizes if shortest <= size < most]
+    return [*kept, max_tokens] if most == max_tokens else kept
 
 
 def can_capture(model: Transformer, attention_backend: str) -> bool:
@@ -92,6 +102,7 @@ class _Captured:
     buffers: GraphBuffers
     batch: BatchMetadata
     logits: Tensor
+    ids: Tensor
     params: tuple[Tensor, ...]
 
 
@@ -102,6 +113,7 @@ class StepGraphs:
         sizes: batch sizes of decode steps that are captured, ascending; empty when none fitted in
             memory.
         prompt_sizes: token counts of steps with prompts that are captured, ascending.
+        verification_sizes: token counts of verifications that are captured, ascending.
     """
 
     def __init__(
@@ -122,8 +134,11 @@ class StepGraphs:
         self._max_context = _MAX_ATTENTION_BYTES // kv_bytes
         self._captured: dict[StepShape, _Captured] = {}
         self._pool: Any = None
+        self._verified: tuple[Tensor, Tensor] | None = None  # logits and ids, of any verification
+        self._longest = 0  # draft
         self.sizes: list[int] = []
         self.prompt_sizes: list[int] = []
+        self.verification_sizes: list[int] = []
 
     def decode_shapes(self) -> list[StepShape]:
         """What to capture for decode steps, largest first: smaller ones reuse its memory."""
@@ -137,6 +152,19 @@ class StepGraphs:
         sizes = prompt_ladder(self._model.config, max_num_batched_tokens)
         return [self._prompt_shape(size) for size in sizes[::-1]]
 
+    def verification_shapes(self, longest: int, max_num_batched_tokens: int) -> list[StepShape]:
+        """What to capture for drafts of up to ``longest`` tokens, largest first.
+
+        A longer ``longest`` than before replaces the verifications that were captured for it.
+        """
+        self._longest = longest
+        self._captured = {k: v for k, v in self._captured.items() if not k.verifies}
+        self._pool = self._pool if self._captured else None  # it goes with its last graph
+        self.verification_sizes = []
+        most = min(self._max_num_seqs * (1 + longest), max_num_batched_tokens)
+        sizes = verification_ladder(self._model.config, most)
+        return [self._verification_shape(size) for size in sizes[::-1]]
+
     @torch.inference_mode()
     def capture(self, shapes: Iterable[StepShape]) -> None:
         """Capture some steps. Those that do not fit in memory are left out and run uncaptured."""
@@ -148,8 +176,10 @@ class StepGraphs:
                 logger.warning("no memory to capture steps of %d tokens", shape.tokens)
                 continue
             self._pool = captured.graph.pool()
-        self.sizes = sorted(shape.tokens for shape in self._captured if shape.query_len == 0)
-        self.prompt_sizes = sorted(shape.tokens for shape in self._captured if shape.query_len)
+        done, several = self._captured, [shape for shape in self._captured if shape.query_len]
+        self.sizes = sorted(shape.tokens for shape in done if shape.query_len == 0)
+        self.prompt_sizes = sorted(shape.tokens for shape in several if not shape.verifies)
+        self.verification_sizes = sorted(shape.tokens for shape in several if shape.verifies)
 
     def run(self, batch: HostBatch) -> tuple[Tensor, Tensor] | None:
         """Replay the step of the next larger size, if there is one.
@@ -157,7 +187,8 @@ class StepGraphs:
         Returns:
             logits float32 [rows, vocab] and greedy ids int64 [rows] (INVALID_TOKEN where the
             logits are not finite) of the sampled rows. The logits are overwritten by the next
-            replay of the same size, the ids by any; the ids are those of ``LastIds``.
+            replay of the same size, the ids by any; the ids are those of ``LastIds``. Those of
+            verifications are overwritten by the next verification, and are nowhere else.
         """
         shape, fitting = self._fit(batch)
         if shape is None:
@@ -166,7 +197,7 @@ class StepGraphs:
         captured.buffers.fill(fitting)
         captured.graph.replay()
         count = len(batch.logits_indices)
-        return captured.logits[:count], self._last.ids[:count]
+        return captured.logits[:count], captured.ids[:count]
 
     # ---- inside ----------------------------------------------------------------------------
 
@@ -174,21 +205,36 @@ class StepGraphs:
         pieces = self._max_num_seqs + -(-tokens // self._query_len)
         return StepShape(tokens, min(tokens, pieces), self._max_num_seqs, self._query_len)
 
+    def _verification_shape(self, tokens: int) -> StepShape:
+        query_len = min(1 + self._longest, self._query_len, tokens)
+        pieces = self._max_num_seqs * -(-(1 + self._longest) // query_len)
+        return StepShape(tokens, min(tokens, pieces), tokens, query_len, verifies=True)
+
     def _fit(self, batch: HostBatch) -> tuple[StepShape | None, HostBatch]:
         """The smallest captured step that holds a batch, and the batch as that step needs it."""
-        tokens = len(batch.token_ids)
-        if batch.block_tables.shape[1] > self._max_blocks:
+        verifies = len(batch.logits_indices) > len(batch.query_lens)
+        sizes = self.verification_sizes if verifies else self.prompt_sizes
+        sizes = self.sizes if batch.is_decode else sizes
+        number = bisect_left(sizes, len(batch.token_ids))
+        if number == len(sizes) or batch.block_tables.shape[1] > self._max_blocks:
             return None, batch
-        sizes = self.sizes if batch.is_decode else self.prompt_sizes
-        if not sizes or tokens > sizes[-1] or len(batch.logits_indices) > self._max_num_seqs:
-            return None, batch
-        size = sizes[bisect_left(sizes, tokens)]
         if batch.is_decode:
-            return StepShape.decode(size), batch
-        pieces = in_pieces(batch, self._query_len)
-        shape = self._prompt_shape(size)
-        fits = len(pieces.query_lens) <= shape.seqs
+            return StepShape.decode(sizes[number]), batch
+        make = self._verification_shape if verifies else self._prompt_shape
+        shape = make(sizes[number])
+        pieces = in_pieces(batch, shape.query_len)
+        fits = len(pieces.query_lens) <= shape.seqs and len(batch.logits_indices) <= shape.rows
         return (shape if fits and pieces.context_lens.sum() <= self._max_context else None), pieces
+
+    def _outputs(self, shape: StepShape) -> tuple[Tensor | None, Tensor]:
+        """Where a captured step leaves logits (None: in memory of its own) and greedy ids."""
+        if not shape.verifies:
+            return None, self._last.ids[: shape.rows]
+        rows, device = shape.rows, self._model.device
+        if self._verified is None or len(self._verified[1]) < rows:
+            logits = torch.empty(rows, self._model.config.vocab_size, device=device)
+            self._verified = logits, torch.zeros(rows, dtype=torch.int64, device=device)
+        return self._verified[0][:rows], self._verified[1][:rows]
 
     def _capture_one(self, shape: StepShape) -> _Captured:
         device, cache = self._model.device, self._cache
@@ -204,6 +250,7 @@ class StepGraphs:
         )
 
         greedy = _greedy_params(shape.rows, device)
+        kept, ids = self._outputs(shape)
 
         def step() -> Tensor:
             logits = self._model.forward(
@@ -213,8 +260,9 @@ class StepGraphs:
                 metadata,
                 kv_scales=cache.scales,
             )
-            self._last.ids[: shape.rows].copy_(sample_tokens(logits, *greedy))
-            return logits
+            ids.copy_(sample_tokens(logits, *greedy))
+            # Logits of verifications are many: all of these share what the largest one needs.
+            return logits if kept is None else kept.copy_(logits)
 
         # Kernels compile and libraries make their handles outside the graph.
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -225,7 +273,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
             logits = step()
-        return _Captured(graph, buffers, metadata, logits, greedy)
+        return _Captured(graph, buffers, metadata, logits, ids, greedy)
 
 
 @contextmanager

@@ -52,10 +52,15 @@ class ModelRunner:
     def is_plain(self) -> bool:
         """Whether no subclass replaces a part of a step.
 
-        Only then may a step be captured with its prompts, or launched while another one runs.
+        Only then may a step be launched while another one runs.
         """
         seams = ("run", "_compute", "_execute")
         return all(getattr(type(self), seam) is getattr(ModelRunner, seam) for seam in seams)
+
+    @property
+    def captures_prompts(self) -> bool:
+        """Whether steps with prompts may be replayed: then nobody sees their parts."""
+        return self.is_plain
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[int]:
@@ -97,7 +102,7 @@ class ModelRunner:
     def _replay(self, host: HostBatch) -> tuple[Tensor, Tensor] | None:
         """Logits and greedy ids of a captured step, if one fits."""
         graphs = self.graphs
-        if graphs is None or not (host.is_decode or self.is_plain):
+        if graphs is None or not (host.is_decode or self.captures_prompts):
             return None
         return graphs.run(host)
 

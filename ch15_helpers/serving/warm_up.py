@@ -32,7 +32,7 @@ def warm_up(runner: ModelRunner, config: EngineConfig) -> None:
     ]
     if graphs is not None:
         shapes = graphs.decode_shapes()
-        if config.capture_prompts and runner.is_plain:
+        if config.capture_prompts and runner.captures_prompts:
             shapes = graphs.prompt_shapes(config.max_num_batched_tokens) + shapes
         jobs += [partial(graphs.capture, [shape]) for shape in shapes]
     for job in patiently(jobs, "warming up"):
