@@ -9,6 +9,7 @@ A token is then found by inverting the cumulative distribution, in vocabulary or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,12 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     return tokens
 
 
-def sample_ids(logits: Tensor, requests: Sequence[Request], greedy: Tensor | None = None) -> Tensor:
+def sample_ids(
+    logits: Tensor,
+    requests: Sequence[Request],
+    greedy: Tensor | None = None,
+    positions: Sequence[int] | None = None,
+) -> Tensor:
     """Next token of each request. On a GPU nothing waits for it.
 
     Greedy rows cost one argmax. The others are sampled together, after temperature, top-k and
@@ -60,14 +66,16 @@ def sample_ids(logits: Tensor, requests: Sequence[Request], greedy: Tensor | Non
         logits: [len(requests), vocab], float32 on any device; not modified.
         requests: rows in order; their parameters, seeds and lengths decide.
         greedy: ``greedy_ids(logits)``, where the step has computed it already.
+        positions: of the tokens to draw; None is each request's next one.
 
     Returns:
         int64 [len(requests)] on the logits' device, INVALID_TOKEN for a row whose largest logit is
         not finite.
     """
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
+    places = [r.num_tokens for r in requests] if positions is None else positions
     if rows and logits.is_cuda:
-        return _sample_on_device(logits, requests)
+        return _sample_on_device(logits, requests, places)
     if not requests:
         return torch.empty(0, dtype=torch.int64, device=logits.device)
     ids = greedy_ids(logits) if greedy is None else greedy
@@ -75,14 +83,22 @@ def sample_ids(logits: Tensor, requests: Sequence[Request], greedy: Tensor | Non
         group = rows[start : start + _ROWS_AT_ONCE]
         chosen = [requests[row] for row in group]
         index = torch.tensor(group, device=logits.device)
-        drawn = torch.where(
-            ids[index] == INVALID_TOKEN, INVALID_TOKEN, _draw(logits[index], chosen)
-        )
+        numbers = [uniform(requests[row].seed, places[row]) for row in group]
+        drawn = pick(token_weights(logits[index], chosen), numbers)
+        drawn = torch.where(ids[index] == INVALID_TOKEN, INVALID_TOKEN, drawn)
         ids = ids.index_copy(0, index, drawn)
     return ids
 
 
-def _sample_on_device(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A small tensor on a device; the host does not wait for what runs there."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _sample_on_device(
+    logits: Tensor, requests: Sequence[Request], positions: Sequence[int]
+) -> Tensor:
     """The same draws by the kernel that needs no word from the host; one copy of parameters."""
     params = [request.params for request in requests]
     columns = [
@@ -90,7 +106,7 @@ def _sample_on_device(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         [float(each.top_p) for each in params],
         [each.top_k for each in params],
         [signed64(request.seed) for request in requests],
-        [request.num_tokens for request in requests],
+        list(positions),
     ]
     host = torch.empty(5, len(requests), dtype=torch.int64, pin_memory=True)
     host[:2].view(torch.float64).copy_(torch.tensor(columns[:2], dtype=torch.float64))
@@ -109,7 +125,7 @@ def token_weights(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """
     device = logits.device
     settings = [(r.params.temperature, r.params.top_k, r.params.top_p) for r in requests]
-    temperature, top_k, top_p = torch.tensor(settings, dtype=torch.float64, device=device).T
+    temperature, top_k, top_p = upload(settings, device, torch.float64).T
     logits = logits.double()
     if any(request.params.top_k for request in requests):
         vocab = logits.shape[1]
@@ -123,7 +139,7 @@ def token_weights(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     weights = scaled.exp()
     nucleus = [row for row, request in enumerate(requests) if request.params.top_p < 1]
     if nucleus:
-        index = torch.tensor(nucleus, device=device)
+        index = upload(nucleus, device, torch.int64)
         part = weights[index]
         ordered = part.sort(dim=-1, descending=True).values
         mass_before = ordered.cumsum(-1) - ordered
@@ -145,17 +161,12 @@ def pick(weights: Tensor, numbers: Sequence[float]) -> Tensor:
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    draw = torch.tensor(numbers, dtype=torch.float64, device=weights.device)[:, None] * total
+    draw = upload(numbers, weights.device, torch.float64)[:, None] * total
     # Rounding may lift the draw to the total; the largest number below it is still a valid draw.
     draw = torch.minimum(draw, torch.nextafter(total, torch.zeros_like(total)))
     # right=True: the first token whose cumulative weight is larger, never one of weight 0.
     ids = torch.searchsorted(cumulative, draw, right=True)[:, 0]
     return ids.clamp(max=weights.shape[1] - 1)
-
-
-def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    numbers = [uniform(request.seed, request.num_tokens) for request in requests]
-    return pick(token_weights(logits, requests), numbers)
 
 
 def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.kv.blocks import BlockManager
 from ch15_helpers.kv.cache import PagedKVCache
 from ch15_helpers.model.transformer import Transformer
-from ch15_helpers.serving.batch_builder import Uploader
-from ch15_helpers.serving.request import INVALID_TOKEN, Request
-from ch15_helpers.serving.sampling import greedy_ids, pick, token_weights
+from ch15_helpers.serving.graph_buffers import StepShape
+from ch15_helpers.serving.graphs import StepGraphs
+from ch15_helpers.serving.request import Request
+from ch15_helpers.speculative.drafting import Drafting, ModelProposer
 from ch15_helpers.speculative.rows import QueryRow, host_batch
-from ch15_helpers.speculative.verify import DRAFT_STREAM, Draft, stream_uniform
+from ch15_helpers.speculative.verify import Draft
+
+__all__ = ["LayerSkipProposer", "ModelProposer", "SmallModelProposer", "first_layers"]
 
 _TOKENS_AT_ONCE = 2048
 
@@ -42,87 +43,6 @@ def first_layers(model: Transformer, num_layers: int) -> Transformer:
     short.config = replace(model.config, num_hidden_layers=num_layers)
     short.layers = model.layers[:num_layers]
     return short
-
-
-@dataclass(slots=True)
-class _Drafting:
-    """One request while its draft is made."""
-
-    request: Request
-    limit: int
-    table: list[int]
-    computed: int  # tokens whose keys and values the draft's pool has
-    draft: list[int] = field(default_factory=list)
-    probs: list[Tensor] = field(default_factory=list)
-
-    def row(self) -> QueryRow:
-        """What to compute next: the tokens that are known and not computed."""
-        known = self.request.num_tokens
-        tokens = self.request.tokens(min(self.computed, known), known)
-        tokens += self.draft[max(0, self.computed - known) :]
-        return QueryRow(tokens, self.computed, self.table)
-
-
-class ModelProposer:
-    """Drafts token by token with a model, all requests of the batch together.
-
-    Use ``LayerSkipProposer`` or ``SmallModelProposer``.
-    """
-
-    def __init__(
-        self, model: Transformer, cache: PagedKVCache, attention_backend: str, sample: bool
-    ) -> None:
-        self.model = model
-        self._cache, self._backend, self._sample = cache, attention_backend, sample
-        self._uploader = Uploader(cache.device)
-
-    @torch.inference_mode()
-    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Draft]:
-        """Drafts of exactly ``limits[i]`` tokens, shorter where the draft's pool is full."""
-        pairs = zip(requests, limits, strict=True)
-        drafting = [self._begin(request, limit) for request, limit in pairs]
-        active = [one for one in drafting if one is not None]
-        while active:
-            for one, logits in zip(active, self._forward(active), strict=True):
-                token = self._choose(one, logits)
-                if token == INVALID_TOKEN:
-                    one.limit = len(one.draft)
-                else:
-                    one.draft.append(token)
-            active = [one for one in active if len(one.draft) < one.limit]
-        return [self._finish(one) for one in drafting]
-
-    def forget(self, request_id: str) -> None:
-        """Drop what is kept about a request."""
-
-    def _begin(self, request: Request, limit: int) -> _Drafting | None:
-        raise AssertionError("subclasses know where the pages are")
-
-    def _finish(self, one: _Drafting | None) -> Draft:
-        if one is None:
-            return Draft()
-        return Draft(one.draft, torch.stack(one.probs) if one.probs else None)
-
-    def _forward(self, active: Sequence[_Drafting]) -> Tensor:
-        """Compute what each is missing, and return the logits after its last token."""
-        rows = [one.row() for one in active]
-        for one, row in zip(active, rows, strict=True):
-            one.computed += len(row.token_ids)
-        last = np.cumsum([len(row.token_ids) for row in rows]) - 1
-        host = host_batch(rows, last, self._cache.block_size)
-        tokens, positions, batch = self._uploader.upload(host)
-        return self.model.forward(
-            tokens, positions, self._cache.pages, batch, attention_backend=self._backend
-        )
-
-    def _choose(self, one: _Drafting, logits: Tensor) -> int:
-        token = int(greedy_ids(logits[None]))
-        if token == INVALID_TOKEN or not self._sample or one.request.params.temperature == 0:
-            return token
-        weights = token_weights(logits[None], [one.request])
-        position = one.request.num_tokens + len(one.draft)
-        one.probs.append(weights[0] / weights.sum())
-        return int(pick(weights, [stream_uniform(DRAFT_STREAM, one.request.seed, position)]))
 
 
 class LayerSkipProposer(ModelProposer):
@@ -147,11 +67,11 @@ class LayerSkipProposer(ModelProposer):
         super().__init__(first_layers(target, num_layers), cache, attention_backend, sample)
         self._blocks = blocks
 
-    def _begin(self, request: Request, limit: int) -> _Drafting | None:
+    def _begin(self, request: Request, limit: int) -> Drafting | None:
         if limit < 1:
             return None
         table = self._blocks.table(request.request_id)
-        return _Drafting(request, limit, table, request.num_computed_tokens)
+        return Drafting(request, limit, table, request.num_computed_tokens)
 
 
 @dataclass(slots=True)
@@ -221,7 +141,7 @@ class SmallModelProposer(ModelProposer):
         self.blocks.check_invariants()
         assert self.blocks.num_seqs == len(self._seen), "a table without a request"
 
-    def _begin(self, request: Request, limit: int) -> _Drafting | None:
+    def _begin(self, request: Request, limit: int) -> Drafting | None:
         # The last draft is never computed, as nothing is drafted after it.
         wanted = request.num_tokens + limit - 1
         longest = self.model.config.max_position_embeddings
@@ -233,9 +153,13 @@ class SmallModelProposer(ModelProposer):
         self.blocks.ensure(name, wanted, wanted - computed)
         self._seen[name] = _Seen(computed, [])
         self._busy.add(name)
-        one = _Drafting(request, limit, self.blocks.table(name), computed)
+        one = Drafting(request, limit, self.blocks.table(name), computed)
         self._catch_up(one)
         return one
+
+    def _shapes(self, graphs: StepGraphs) -> list[StepShape]:
+        """Also what catches up: with a prompt, or with a token that was accepted unseen."""
+        return graphs.prompt_shapes(_TOKENS_AT_ONCE) + graphs.decode_shapes()
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Whether the blocks can be had, from requests that drafted least recently if need be."""
@@ -250,7 +174,7 @@ class SmallModelProposer(ModelProposer):
             self.forget(victim)
         return True
 
-    def _catch_up(self, one: _Drafting) -> None:
+    def _catch_up(self, one: Drafting) -> None:
         """Bound the first pass: a long prompt is computed in pieces."""
         request = one.request
         while request.num_tokens - one.computed > _TOKENS_AT_ONCE:
@@ -263,7 +187,7 @@ class SmallModelProposer(ModelProposer):
             )
             one.computed = stop
 
-    def _finish(self, one: _Drafting | None) -> Draft:
+    def _finish(self, one: Drafting | None) -> Draft:
         if one is not None:
             name, known = one.request.request_id, one.request.num_tokens
             self._seen[name] = _Seen(known, one.draft[: max(0, one.computed - known)])

@@ -12,17 +12,22 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ch15_helpers.errors import InvalidRequestError
 from ch15_helpers.kernels.kv_quant import is_quantised
 from ch15_helpers.model.transformer import Transformer
+from ch15_helpers.serving.batch_builder import HostBatch
 from ch15_helpers.serving.config import EngineConfig, SchedulerConfig
 from ch15_helpers.serving.engine import Engine
 from ch15_helpers.serving.request import Request, RequestStatus
 from ch15_helpers.serving.runner import ModelRunner
-from ch15_helpers.serving.sampling import sample
+from ch15_helpers.serving.sampling import greedy_ids, sample
 from ch15_helpers.serving.scheduler import Scheduler
 from ch15_helpers.serving.step import Step
+from ch15_helpers.serving.warm_up import patiently
+from ch15_helpers.speculative.drafting import ModelProposer
 from ch15_helpers.speculative.lengths import DraftLengths, FixedLength
 from ch15_helpers.speculative.proposers import Proposer
 from ch15_helpers.speculative.rows import QueryRow, host_batch
@@ -146,17 +151,38 @@ class SpeculativeRunner(ModelRunner):
     lengths: DraftLengths
     stats: AcceptanceStats
 
+    @property
+    def captures_prompts(self) -> bool:
+        """A step without drafts is a plain one, if no subclass looks into it."""
+        return type(self)._execute is ModelRunner._execute
+
+    @torch.inference_mode()
+    def forward(self, host: HostBatch) -> tuple[Tensor, Tensor]:
+        """Run a batch of any kind, captured where that is possible.
+
+        Returns:
+            logits float32 [R, vocab] and greedy ids int64 [R] of ``host.logits_indices``; the next
+            run may overwrite both.
+        """
+        found = None if self.graphs is None else self.graphs.run(host)
+        if found is not None:
+            return found
+        logits = self._execute(*self._uploader.upload(host))
+        return logits, greedy_ids(logits)
+
     def _compute(self, step: Step) -> list[int]:
         assert isinstance(step, SpeculativeStep)
         if not step.limits:
             return super()._compute(step)
-        drafts = self.proposer.propose(step.decodes, step.limits)
+        drafts = self._propose(step)
         step.drafts = [len(draft.token_ids) for draft in drafts]
         if not any(step.drafts):
             return super()._compute(step)
-        logits = self._execute(*self._uploader.upload(self._verification(step, drafts)))
+        logits, greedy = self.forward(self._verification(step, drafts))
         count = len(step.decodes) + sum(step.drafts)
-        step.verified = verify(logits[:count], step.decodes, drafts)
+        # With drafts that were drawn, the greedy ids are not what decides.
+        known = () if any(d.probs is not None for d in drafts) else (greedy[:count],)
+        step.verified = verify(logits[:count], step.decodes, drafts, *known)
         for request, drafted, tokens in zip(step.decodes, step.drafts, step.verified, strict=True):
             self.stats.record(drafted, len(tokens) - 1)
             self.lengths.record(request.request_id, drafted, len(tokens) - 1)
@@ -164,7 +190,16 @@ class SpeculativeRunner(ModelRunner):
         others = step.sampled[len(step.decodes) :]
         return [*firsts, *sample(logits[count:], others)] if others else firsts
 
-    def _verification(self, step: SpeculativeStep, drafts: Sequence[Draft]) -> Any:
+    def _propose(self, step: SpeculativeStep) -> list[Draft]:
+        """Drafts; none in a step with prompts that is one launch only without them."""
+        graphs = self.graphs if self.captures_prompts else None
+        if graphs is not None and step.chunks:
+            tokens = len(step.decodes) + sum(chunk.num_tokens for chunk in step.chunks)
+            if tokens <= max(graphs.prompt_sizes, default=0):
+                return [Draft()] * len(step.decodes)
+        return self.proposer.propose(step.decodes, step.limits)
+
+    def _verification(self, step: SpeculativeStep, drafts: Sequence[Draft]) -> HostBatch:
         """Decodes with their drafts, all logits wanted; then chunks, as in a plain step."""
         rows = [
             QueryRow(
@@ -232,12 +267,27 @@ class SpeculativeEngine(Engine):
         scheduler.lengths, scheduler.forget = self.lengths, self._forget
         runner = cast(SpeculativeRunner, self.runner)
         runner.proposer, runner.lengths, runner.stats = self.proposer, self.lengths, self.stats
+        if isinstance(self.proposer, ModelProposer):
+            self.proposer.capture(self.config)
+        self._captured_for = 0
+        self._capture()
 
     def set_lengths(self, lengths: DraftLengths | int) -> None:
         """Draft so many tokens from now on; 0 is none."""
         self.lengths = FixedLength(lengths) if isinstance(lengths, int) else lengths
         cast(SpeculativeScheduler, self.scheduler).lengths = self.lengths
         cast(SpeculativeRunner, self.runner).lengths = self.lengths
+        self._capture()
+
+    def _capture(self) -> None:
+        """Capture verifications of the longest drafts there may be, unless they are already."""
+        graphs, longest = self.runner.graphs, self.lengths.longest
+        if graphs is None or longest <= self._captured_for:
+            return
+        shapes = graphs.verification_shapes(longest, self.config.max_num_batched_tokens)
+        for shape in patiently(shapes, "capturing verifications"):
+            graphs.capture([shape])
+        self._captured_for = longest
 
     def _forget(self, request_id: str) -> None:
         self.proposer.forget(request_id)

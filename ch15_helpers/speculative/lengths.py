@@ -61,7 +61,14 @@ class SpeculationCost:
 
 
 class DraftLengths(Protocol):
-    """Decides how many tokens to draft for a request, and learns from what became of them."""
+    """Decides how many tokens to draft for a request, and learns from what became of them.
+
+    Attributes:
+        longest: no draft is longer.
+    """
+
+    @property
+    def longest(self) -> int: ...
 
     def length(self, request_id: str, num_seqs: int) -> int:
         """Most tokens to draft now, with ``num_seqs`` sequences in the batch."""
@@ -80,6 +87,11 @@ class FixedLength:
         if length < 0:
             raise ValueError(f"length must not be negative, got {length}")
         self._length = length
+
+    @property
+    def longest(self) -> int:
+        """The length."""
+        return self._length
 
     def length(self, request_id: str, num_seqs: int) -> int:
         """The same for everybody."""
@@ -104,7 +116,7 @@ class StepwiseLength:
                 f"lengths must satisfy 0 <= shortest <= first <= longest, got {shortest}, {first}, "
                 f"{longest}"
             )
-        self._longest, self._first, self._shortest = longest, first, shortest
+        self.longest, self._first, self._shortest = longest, first, shortest
         self._lengths: dict[str, int] = {}
 
     def length(self, request_id: str, num_seqs: int) -> int:
@@ -117,7 +129,7 @@ class StepwiseLength:
             return
         now = self.length(request_id, 1)
         if num_accepted == num_drafted:
-            self._lengths[request_id] = min(self._longest, now + 2)
+            self._lengths[request_id] = min(self.longest, now + 2)
         else:
             self._lengths[request_id] = max(self._shortest, now - 1)
 
@@ -153,7 +165,7 @@ class AdaptiveLength:
                 f"longest={longest} and probe_every={probe_every} must be at least 1, "
                 f"memory={memory} in [0, 1), prior={prior} in [0, 1]"
             )
-        self._cost, self._longest = cost, longest
+        self._cost, self.longest = cost, longest
         self._memory, self._probe_every = memory, probe_every
         self._all = (prior, 1.0)  # accepted and tried, over all requests
         self._counts: dict[str, tuple[float, float]] = {}
@@ -168,7 +180,7 @@ class AdaptiveLength:
 
     def length(self, request_id: str, num_seqs: int) -> int:
         """The best length now."""
-        best = self._cost.best_length(self.acceptance(request_id), num_seqs, self._longest)
+        best = self._cost.best_length(self.acceptance(request_id), num_seqs, self.longest)
         if best:
             return best
         skipped = self._skipped.get(request_id, 0) + 1
