@@ -20,7 +20,7 @@ from __future__ import annotations
 import gc
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -264,7 +264,13 @@ class StepGraphs:
             # Logits of verifications are many: all of these share what the largest one needs.
             return logits if kept is None else kept.copy_(logits)
 
+        graph, logits = self._record(step)
+        return _Captured(graph, buffers, metadata, logits, ids, greedy)
+
+    def _record(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of what a function launches, and where its result will be."""
         # Kernels compile and libraries make their handles outside the graph.
+        device = self._model.device
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -272,8 +278,8 @@ class StepGraphs:
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
-            logits = step()
-        return _Captured(graph, buffers, metadata, logits, ids, greedy)
+            result = step()
+        return graph, result
 
 
 @contextmanager
