@@ -1,15 +1,13 @@
-"""Speculation in captured steps. A capture is played by a function that runs the same step again
-over the same buffers, so that shapes, padding, shared outputs and token ids that are still on the
-device are the real ones."""
+"""Speculation in captured steps, on a CPU: see captures.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from captures import play_captures
 from torch import Tensor
 
 from ch15_helpers import Engine, EngineConfig, SamplingParams
@@ -18,8 +16,6 @@ from ch15_helpers.serving import graphs as graphs_module
 from ch15_helpers.serving.batch_builder import HostBatch
 from ch15_helpers.serving.graph_buffers import StepShape
 from ch15_helpers.serving.graphs import StepGraphs, verification_ladder
-from ch15_helpers.serving.last_ids import LastIds, Launched
-from ch15_helpers.serving.request import Request
 from ch15_helpers.speculative import drafting
 from ch15_helpers.speculative.draft_model import (
     LayerSkipProposer,
@@ -35,52 +31,11 @@ PROMPTS = [TEXT, TEXT[5:60], [7, 8, 9] * 9, [(i * i) % 500 for i in range(33)]]
 CONFIG = EngineConfig(block_size=8, num_blocks=90, max_num_seqs=4, max_num_batched_tokens=64)
 
 
-class Replay:
-    """Runs the step again, into the tensor that the capture returned."""
-
-    def __init__(self, step: Callable[[], Tensor], result: Tensor, counts: dict[str, int]) -> None:
-        self.step, self.result, self.counts = step, result, counts
-        self.scratch: dict[Any, Any] = {}
-
-    def pool(self) -> None:
-        return None
-
-    def replay(self) -> None:
-        self.scratch.clear()  # what a CPU derives from lengths on the host
-        self.counts["replays"] += 1
-        self.result.copy_(self.step())
-
-
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Captures as above, on a CPU. Counts replays."""
-    counts = {"replays": 0}
-    capture_one = StepGraphs._capture_one
-
-    def record(self: StepGraphs, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        result = step()
-        return Replay(step, result, counts), result
-
-    def captured(self: StepGraphs, shape: StepShape) -> Any:
-        one = capture_one(self, shape)
-        one.graph.scratch = one.batch.scratch  # type: ignore[attr-defined]
-        return one
-
-    def remember(self: LastIds, sampled: list[Request], ids: Tensor) -> Launched:
-        """As on a GPU: the buffer that captured steps read stays where it is."""
-        self._sampled = sampled
-        if ids.data_ptr() != self.ids.data_ptr():
-            self.ids[: len(ids)].copy_(ids)
-        return Launched(ids.clone(), None)
-
-    monkeypatch.setattr(LastIds, "remember", remember)
-    monkeypatch.setattr(StepGraphs, "_record", record)
-    monkeypatch.setattr(StepGraphs, "_capture_one", captured)
+    """Counts replays."""
     monkeypatch.setattr(drafting, "can_capture", lambda model, backend: True)
-    # The reference takes lengths from tensors, as a kernel does in a graph.
-    backend = "ch15_helpers.kernels.paged_attention.default_backend"
-    monkeypatch.setattr(backend, lambda device: "reference")
-    return counts
+    return play_captures(monkeypatch)
 
 
 def captured(engine: SpeculativeEngine) -> SpeculativeEngine:

@@ -9,15 +9,22 @@ they are filled (DistServe, Zhong et al., OSDI 2024).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
+from ch15_helpers.disagg.layer_graphs import LayerGraphs
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.model.transformer import Transformer
+from ch15_helpers.serving.batch_builder import HostBatch
+from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.engine import Engine
+from ch15_helpers.serving.graphs import can_capture
 from ch15_helpers.serving.request import Request, RequestStatus
 from ch15_helpers.serving.runner import ModelRunner
 from ch15_helpers.serving.scheduler import Scheduler
 from ch15_helpers.serving.step import Step
+from ch15_helpers.serving.warm_up import patiently
 
 LayerDone = Callable[[Step, int], None]
 """Called with the step and the index of a layer whose keys and values are in the pages."""
@@ -28,9 +35,11 @@ class LayerwiseRunner(ModelRunner):
 
     Attributes:
         on_layer: called during a step, after each layer; None for nobody.
+        layer_graphs: captured prompts that can be watched, or None.
     """
 
     on_layer: LayerDone | None = None
+    layer_graphs: LayerGraphs | None = None
     _step: Step | None = None
 
     def run(self, step: Step) -> list[int]:
@@ -40,6 +49,17 @@ class LayerwiseRunner(ModelRunner):
             return super().run(step)
         finally:
             self._step = None
+
+    def _replay(self, host: HostBatch) -> tuple[Tensor, Tensor] | None:
+        if self.layer_graphs is None:
+            return super()._replay(host)
+        step, report = self._step, self.on_layer
+
+        def seen(layer: int) -> None:
+            if step is not None and report is not None:
+                report(step, layer)
+
+        return self.layer_graphs.run_layers(host, seen)
 
     def _execute(self, token_ids: Tensor, positions: Tensor, batch: BatchMetadata) -> Tensor:
         step, report = self._step, self.on_layer
@@ -59,12 +79,28 @@ class LayerwiseRunner(ModelRunner):
 class PrefillEngine(Engine):
     """Computes prompts and their first token; ask for ``max_tokens=1``.
 
-    A prompt's blocks are freed when its step is over, so they must have been sent by then.
-    Build it with ``capture_decode=False``: a captured step of a one-token prompt reports no layers.
+    A prompt's blocks are freed when its step is over, so they must have been sent by then. On a GPU
+    prompts are captured layer by layer where ``capture_prompts`` is on. Build it with
+    ``capture_decode=False``: it decodes nothing, and a captured decode step reports no layers.
     """
 
     runner_type = LayerwiseRunner
     runner: LayerwiseRunner
+
+    def __init__(
+        self, model: Transformer, config: EngineConfig | None = None, **options: Any
+    ) -> None:
+        """As for ``Engine``."""
+        super().__init__(model, config, **options)
+        config, runner = self.config, self.runner
+        if not config.capture_prompts or not can_capture(model, config.attention_backend):
+            return
+        longest = self.scheduler.config.max_model_len or model.config.max_position_embeddings
+        graphs = LayerGraphs(model, self.cache, config.max_num_seqs, longest, runner.last_ids)
+        shapes = graphs.prompt_shapes(config.max_num_batched_tokens)
+        for shape in patiently(shapes, "capturing layers"):
+            graphs.capture([shape])
+        runner.layer_graphs = graphs
 
 
 class DecodeScheduler(Scheduler):

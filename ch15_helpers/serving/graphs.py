@@ -95,7 +95,7 @@ def can_capture(model: Transformer, attention_backend: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Captured:
+class Captured:
     """A graph and every tensor whose address it holds: freed memory would be read on replay."""
 
     graph: torch.cuda.CUDAGraph
@@ -132,7 +132,7 @@ class StepGraphs:
         self._query_len = max(1, QUERY_ROWS // group)
         kv_bytes = 2 * config.num_key_value_heads * config.head_dim * cache.pages.element_size()
         self._max_context = _MAX_ATTENTION_BYTES // kv_bytes
-        self._captured: dict[StepShape, _Captured] = {}
+        self._captured: dict[StepShape, Captured] = {}
         self._pool: Any = None
         self._verified: tuple[Tensor, Tensor] | None = None  # logits and ids, of any verification
         self._longest = 0  # draft
@@ -170,12 +170,11 @@ class StepGraphs:
         """Capture some steps. Those that do not fit in memory are left out and run uncaptured."""
         for shape in shapes:
             try:
-                self._captured[shape] = captured = self._capture_one(shape)
+                self._captured[shape] = self._capture_one(shape)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 logger.warning("no memory to capture steps of %d tokens", shape.tokens)
                 continue
-            self._pool = captured.graph.pool()
         done, several = self._captured, [shape for shape in self._captured if shape.query_len]
         self.sizes = sorted(shape.tokens for shape in done if shape.query_len == 0)
         self.prompt_sizes = sorted(shape.tokens for shape in several if not shape.verifies)
@@ -212,16 +211,26 @@ class StepGraphs:
 
     def _fit(self, batch: HostBatch) -> tuple[StepShape | None, HostBatch]:
         """The smallest captured step that holds a batch, and the batch as that step needs it."""
-        verifies = len(batch.logits_indices) > len(batch.query_lens)
-        sizes = self.verification_sizes if verifies else self.prompt_sizes
-        sizes = self.sizes if batch.is_decode else sizes
+        if batch.is_decode:
+            return self._smallest(batch, self.sizes, StepShape.decode), batch
+        if len(batch.logits_indices) > len(batch.query_lens):
+            return self._fit_pieces(batch, self.verification_sizes, self._verification_shape)
+        return self._fit_pieces(batch, self.prompt_sizes, self._prompt_shape)
+
+    def _smallest(
+        self, batch: HostBatch, sizes: list[int], make: Callable[[int], StepShape]
+    ) -> StepShape | None:
         number = bisect_left(sizes, len(batch.token_ids))
         if number == len(sizes) or batch.block_tables.shape[1] > self._max_blocks:
+            return None
+        return make(sizes[number])
+
+    def _fit_pieces(
+        self, batch: HostBatch, sizes: list[int], make: Callable[[int], StepShape]
+    ) -> tuple[StepShape | None, HostBatch]:
+        shape = self._smallest(batch, sizes, make)
+        if shape is None:
             return None, batch
-        if batch.is_decode:
-            return StepShape.decode(sizes[number]), batch
-        make = self._verification_shape if verifies else self._prompt_shape
-        shape = make(sizes[number])
         pieces = in_pieces(batch, shape.query_len)
         fits = len(pieces.query_lens) <= shape.seqs and len(batch.logits_indices) <= shape.rows
         return (shape if fits and pieces.context_lens.sum() <= self._max_context else None), pieces
@@ -236,20 +245,22 @@ class StepGraphs:
             self._verified = logits, torch.zeros(rows, dtype=torch.int64, device=device)
         return self._verified[0][:rows], self._verified[1][:rows]
 
-    def _capture_one(self, shape: StepShape) -> _Captured:
-        device, cache = self._model.device, self._cache
-        buffers = GraphBuffers(shape, self._max_blocks, device)
-        metadata = BatchMetadata(
+    def _inputs(self, shape: StepShape) -> tuple[GraphBuffers, BatchMetadata]:
+        buffers = GraphBuffers(shape, self._max_blocks, self._model.device)
+        return buffers, BatchMetadata(
             query_starts=buffers.query_starts,
             context_lens=buffers.context_lens,
             block_tables=buffers.tables,
             slot_mapping=buffers.slots,
             logits_indices=buffers.logits_indices,
             max_query_len=max(1, shape.query_len),
-            max_context_len=self._max_blocks * cache.block_size,
+            max_context_len=self._max_blocks * self._cache.block_size,
         )
 
-        greedy = _greedy_params(shape.rows, device)
+    def _capture_one(self, shape: StepShape) -> Captured:
+        cache = self._cache
+        buffers, metadata = self._inputs(shape)
+        greedy = greedy_params(shape.rows, self._model.device)
         kept, ids = self._outputs(shape)
 
         def step() -> Tensor:
@@ -265,7 +276,7 @@ class StepGraphs:
             return logits if kept is None else kept.copy_(logits)
 
         graph, logits = self._record(step)
-        return _Captured(graph, buffers, metadata, logits, ids, greedy)
+        return Captured(graph, buffers, metadata, logits, ids, greedy)
 
     def _record(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """A graph of what a function launches, and where its result will be."""
@@ -279,6 +290,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
             result = step()
+        self._pool = graph.pool()
         return graph, result
 
 
@@ -294,7 +306,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _greedy_params(rows: int, device: torch.device) -> tuple[Tensor, ...]:
+def greedy_params(rows: int, device: torch.device) -> tuple[Tensor, ...]:
     """Temperatures, top-k, top-p, seeds and offsets for ``sample_tokens`` to be greedy."""
     zeros = torch.zeros(rows, dtype=torch.int64, device=device)
     return zeros.double(), zeros.int(), zeros.double() + 1, zeros, zeros
