@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from captures import play_captures
 
 from ch15_helpers import Engine, EngineConfig, SamplingParams
 from ch15_helpers.disagg import stages
 from ch15_helpers.disagg.colocated import SplitPools
 from ch15_helpers.disagg.layer_graphs import LayerGraphs
-from ch15_helpers.disagg.stages import PrefillEngine
+from ch15_helpers.disagg.stages import DecodeEngine, PrefillEngine
 from ch15_helpers.model.transformer import Transformer
 
 CONFIG = EngineConfig(
@@ -67,7 +70,68 @@ def test_every_layer_is_reported_once_and_in_order(
 def test_layers_are_not_captured_when_that_is_not_wanted(
     tiny: Transformer, tiny_moe: Transformer, counts: dict[str, int]
 ) -> None:
-    from dataclasses import replace
 
     assert PrefillEngine(tiny, replace(CONFIG, capture_prompts=False)).runner.layer_graphs is None
     assert PrefillEngine(tiny_moe, CONFIG).runner.layer_graphs is None
+
+
+class Stream:
+    """A stream of a device that does at once what it is told."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def record_event(self) -> str:
+        self.events.append("layers launched")
+        return "event"
+
+    def wait_event(self, event: str) -> None:
+        self.events.append("blocks leave")
+
+    def wait_stream(self, other: Stream) -> None:
+        self.events.append("blocks there")
+
+
+def test_blocks_that_leave_beside_a_decode_step_change_no_token(
+    tiny: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    right = [o.token_ids for o in Engine(tiny, CONFIG).generate(PROMPTS, params)]
+    pools = SplitPools(tiny, CONFIG, CONFIG, slice_work=1)
+    events: list[str] = []
+    monkeypatch.setattr(pools, "_beside", Stream(events))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(events))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    launch = pools.decode.runner.launch
+
+    def noted(step: Any) -> Any:
+        events.append("decode launched")
+        return launch(step)
+
+    monkeypatch.setattr(pools.decode.runner, "launch", noted)
+    assert [o.token_ids for o in pools.generate(PROMPTS, params)] == right
+    pools.check_invariants()
+    order = ["layers launched", "decode launched", "blocks leave", "blocks there"]
+    assert events == order * (len(events) // 4) and len(events) > 8
+
+
+def test_a_step_that_is_begun_may_fail(tiny: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = DecodeEngine(tiny, CONFIG)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    (right,) = engine.generate([PROMPTS[1]], params)
+    engine.add_request(PROMPTS[1], params)
+    outputs = []
+    while engine.scheduler.has_runnable:
+        engine.begin()
+        outputs += engine.finish()
+    assert [o.token_ids for o in outputs] == [right.token_ids]
+
+    def broken(step: Any) -> None:
+        raise RuntimeError("injected")
+
+    engine.add_request(PROMPTS[1], params)
+    monkeypatch.setattr(engine.runner, "launch", broken)
+    engine.begin()
+    (output,) = engine.finish()
+    assert output.error is not None and "injected" in output.error
+    engine.check_invariants()

@@ -3,7 +3,8 @@
 Prompts are computed by one engine, handed over block by block through a transport, and continued by
 the other. Both share the device's time. What the split buys is freedom of schedule: between two
 layers of a prompt the decode engine may take a step, so a long prompt holds up nobody for longer
-than a few layers. It buys no throughput: the work is the same, and the blocks have to move.
+than a few layers. It buys no throughput: the work is the same, and the blocks have to move. On a
+GPU they move beside the decode step, on a stream of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from ch15_helpers.disagg.clock import Clock, VirtualClock
 from ch15_helpers.disagg.pool import Part, RegisteredPool, refs_of
@@ -136,6 +139,8 @@ class SplitPools:
         self._prompt: _Prompt | None = None
         self._ended: list[RequestOutput] = []  # of decode steps within a prompt
         self._num_requests = 0
+        on_gpu = model.device.type == "cuda"
+        self._beside = torch.cuda.Stream(model.device) if on_gpu else None  # type: ignore[no-untyped-call]
         hub = LocalHub(2, model.device)
         wires: list[Wire] = [hub.wire(_PREFILL), hub.wire(_DECODE)]
         wires = wires if wrap is None else [wrap(wire) for wire in wires]
@@ -263,9 +268,28 @@ class SplitPools:
         if layer + 1 < layers and (layer + 1) % at_once:
             return
         source = self.prefill.scheduler.blocks.table(prompt.request.request_id)
+        turn = self._decode_between and self.decode.scheduler.has_runnable
+        if turn and self._beside is not None:
+            self._hand_over_beside(self._beside, prompt, source, layer)
+            return
         self._hand_over(prompt, source, layer)
-        if self._decode_between and self.decode.scheduler.has_runnable:
+        if turn:
             self._ended += self.decode.step()
+
+    def _hand_over_beside(
+        self, beside: torch.cuda.Stream, prompt: _Prompt, source: list[int], layer: int
+    ) -> None:
+        """The blocks leave while the decode step runs: it reads other ones."""
+        main = torch.cuda.current_stream(self.model.device)
+        computed = main.record_event()
+        self.decode.begin()
+        try:
+            with torch.cuda.stream(beside):
+                beside.wait_event(computed)
+                self._hand_over(prompt, source, layer)
+        finally:
+            main.wait_stream(beside)
+            self._ended += self.decode.finish()
 
     def _hand_over(self, prompt: _Prompt, source: list[int], layer: int) -> None:
         began_s = self.clock()

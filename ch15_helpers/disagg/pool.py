@@ -60,6 +60,7 @@ class RegisteredPool:
         # [num_blocks, layers, ..., heads, ...] each; seen as integers, as bits are what counts.
         pages = cache.pages.view(_word(cache.pages))
         self._tensors = [(pages, 4)]
+        self._last_index: tuple[tuple[int, ...], Tensor] | None = None
         if cache.scales is not None:
             self._tensors.append((cache.scales.view(torch.int32), 3))
 
@@ -90,15 +91,21 @@ class RegisteredPool:
             else:
                 view.index_copy_(0, self._index(blocks), source.to(view.device))
 
-    def memory(self, blocks: Sequence[int], part: Part) -> Tensor | None:
-        """The blocks' own bytes, uint8 [n, row_bytes], where they lie as rows do; else None."""
-        first, count = blocks[0], len(blocks)
-        if len(self._tensors) > 1 or list(blocks) != list(range(first, first + count)):
-            return None
-        view = self._views(part)[0][first : first + count]
+    def memory(self, tables: Sequence[Sequence[int]], part: Part) -> list[Tensor | None]:
+        """Of each table, its blocks' own bytes, uint8 [n, row_bytes], if they lie as rows do."""
+        view = self._views(part)[0]
         size = view[0].numel() * view.element_size()
-        contiguous = view.is_contiguous() and size % 8 == 0
-        return view.view(count, -1).view(torch.uint8) if contiguous else None
+        if len(self._tensors) > 1 or size % 8 or not view[:1].is_contiguous():
+            return [None] * len(tables)
+        found: list[Tensor | None] = []
+        for table in tables:
+            first, count = table[0], len(table)
+            rows = view[first : first + count]
+            near = count == 1 or (
+                rows.is_contiguous() and list(table) == list(range(first, first + count))
+            )
+            found.append(rows.view(count, -1).view(torch.uint8) if near else None)
+        return found
 
     def check(self, blocks: Sequence[int], part: Part) -> None:
         """Raise ValueError for a block, layer or head that the pool does not have."""
@@ -125,12 +132,17 @@ class RegisteredPool:
                 rows[:, start : start + size].view(view.dtype).view(len(rows), *view.shape[1:])
             )
             sections.append((view, section))
-            rows[:, start + size : start + _padded(size)] = 0
+            if size % 8:
+                rows[:, start + size : start + _padded(size)] = 0
             start += _padded(size)
         return sections
 
     def _index(self, blocks: Sequence[int]) -> Tensor:
-        return torch.tensor(list(blocks), dtype=torch.int64, device=self.device)
+        # The parts of a prompt have the same blocks, and an upload waits for the device.
+        if self._last_index is None or self._last_index[0] != tuple(blocks):
+            index = torch.tensor(list(blocks), dtype=torch.int64, device=self.device)
+            self._last_index = tuple(blocks), index
+        return self._last_index[1]
 
 
 def _word(pages: Tensor) -> torch.dtype:

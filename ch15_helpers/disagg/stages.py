@@ -19,8 +19,9 @@ from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.batch_builder import HostBatch
 from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.engine import Engine
+from ch15_helpers.serving.engine_core import InFlight
 from ch15_helpers.serving.graphs import can_capture
-from ch15_helpers.serving.request import Request, RequestStatus
+from ch15_helpers.serving.request import Request, RequestOutput, RequestStatus
 from ch15_helpers.serving.runner import ModelRunner
 from ch15_helpers.serving.scheduler import Scheduler
 from ch15_helpers.serving.step import Step
@@ -180,6 +181,26 @@ class DecodeEngine(Engine):
 
     scheduler_type: type[DecodeScheduler] = DecodeScheduler
     scheduler: DecodeScheduler
+    _begun: InFlight | None = None
+
+    def begin(self) -> None:
+        """Launch a step. Until ``finish`` nothing may be reserved, arrive or be withdrawn."""
+        self._begun = self._launch()
+
+    def finish(self) -> list[RequestOutput]:
+        """Wait for the step that was begun; returns the outputs of the requests that ended."""
+        current, self._begun = self._begun, None
+        assert current is not None, "no step was begun"
+        before, self._ended = self._ended, []
+        try:
+            token_ids = current.tokens()
+        except Exception as error:
+            ended = self._fail(current.step, error)
+        else:
+            end_s = self.clock()
+            ended = self.scheduler.update(current.step, token_ids, end_s)
+            self._report(current.step, current.start_s, end_s, current.schedule_s)
+        return [self._output(request) for request in before + ended]
 
     def reserve(self, request: Request) -> int | None:
         """A ticket, as of ``DecodeScheduler.reserve``; None refuses one that can never fit."""
