@@ -65,3 +65,13 @@ def test_logits_are_those_of_all_rows(name: str, request: pytest.FixtureRequest)
     every = logits(list(range(count)))
     assert torch.allclose(logits([11, 4]), every[[11, 4]], atol=1e-5)
     assert logits([]).shape == (0, config.vocab_size)
+
+
+def test_narrow_logits_are_the_wide_ones_before_they_were_widened(tiny: Transformer) -> None:
+    hidden = torch.randn(3, tiny.config.hidden_size, device=tiny.device)
+    model = type(tiny)(tiny.config, tiny.device, torch.bfloat16)
+    model.lm_head.copy_(tiny.lm_head)
+    narrow = model.compute_logits(hidden.bfloat16(), wide=False)
+    wide = model.compute_logits(hidden.bfloat16())
+    assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(narrow.float(), wide)

@@ -202,12 +202,9 @@ class Transformer:
         tied = config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else torch.empty_like(self.embed_tokens)
         self.cos_sin_cache = build_cos_sin_cache(
-            config.head_dim,
-            config.max_position_embeddings,
-            config.rope_theta,
-            config.rope_scaling,
-            device,
-        )
+            config.head_dim, config.max_position_embeddings, config.rope_theta,
+            config.rope_scaling, device,
+        )  # fmt: skip
         self.scale = float(config.head_dim**-0.5)
         self.tokenizer: Tokenizer | None = None
         self.source = ""
@@ -224,6 +221,7 @@ class Transformer:
         attention_backend: str = "auto",
         on_layer_done: Callable[[int], None] | None = None,
         kv_scales: Tensor | None = None,
+        wide: bool = True,
     ) -> Tensor:
         """Runs one step and returns the logits of the rows that will be sampled.
 
@@ -235,9 +233,10 @@ class Transformer:
             attention_backend: see :func:`paged_attention`.
             on_layer_done: called with the layer's index once its K and V are in the pages.
             kv_scales: float32 [num_blocks, num_layers, 2, num_kv_heads], of quantised pages.
+            wide: float32 logits, instead of the type that the model computes them in.
 
         Returns:
-            float32 [len(batch.logits_indices), vocab_size].
+            [len(batch.logits_indices), vocab_size].
         """
         rows = batch.logits_indices
         # Of other tokens the last layer owes no more than keys and values. (A mixture of experts
@@ -247,7 +246,7 @@ class Transformer:
             token_ids, positions, pages, batch, attention_backend=attention_backend,
             on_layer_done=on_layer_done, kv_scales=kv_scales, wanted=wanted,
         )  # fmt: skip
-        return self.compute_logits(hidden.index_select(0, rows) if wanted is None else hidden)
+        return self.compute_logits(hidden.index_select(0, rows) if wanted is None else hidden, wide)
 
     __call__ = forward
 
@@ -307,9 +306,10 @@ class Transformer:
         return self.compute_logits(hidden).view(rows, length, -1)
 
     @torch.inference_mode()
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits, float32 [R, vocab_size], of hidden states [R, hidden]."""
-        return linear(hidden, self.lm_head).float()
+    def compute_logits(self, hidden: Tensor, wide: bool = True) -> Tensor:
+        """Vocabulary logits [R, vocab_size] of hidden states [R, hidden]; ``wide`` is float32."""
+        logits = linear(hidden, self.lm_head)
+        return logits.float() if wide else logits
 
     def _run_layers(
         self,

@@ -184,10 +184,10 @@ class StepGraphs:
         """Replay the step of the next larger size, if there is one.
 
         Returns:
-            logits float32 [rows, vocab] and greedy ids int64 [rows] (INVALID_TOKEN where the
-            logits are not finite) of the sampled rows. The logits are overwritten by the next
-            replay of the same size, the ids by any; the ids are those of ``LastIds``. Those of
-            verifications are overwritten by the next verification, and are nowhere else.
+            logits [rows, vocab] in the model's type and greedy ids int64 [rows] (INVALID_TOKEN
+            where the logits are not finite) of the sampled rows. The logits are overwritten by the
+            next replay of the same size, the ids by any; the ids are those of ``LastIds``. Those
+            of verifications, float32, are overwritten by the next one, and are nowhere else.
         """
         shape, fitting = self._fit(batch)
         if shape is None:
@@ -270,6 +270,7 @@ class StepGraphs:
                 cache.pages,
                 metadata,
                 kv_scales=cache.scales,
+                wide=False,
             )
             ids.copy_(sample_tokens(logits, *greedy))
             # Logits of verifications are many: all of these share what the largest one needs.

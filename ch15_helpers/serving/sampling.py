@@ -63,7 +63,7 @@ def sample_ids(
     top-p in this order, with float64 cumulative sums.
 
     Args:
-        logits: [len(requests), vocab], float32 on any device; not modified.
+        logits: [len(requests), vocab], float32 or narrower, on any device; not modified.
         requests: rows in order; their parameters, seeds and lengths decide.
         greedy: ``greedy_ids(logits)``, where the step has computed it already.
         positions: of the tokens to draw; None is each request's next one.
