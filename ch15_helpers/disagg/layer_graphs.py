@@ -97,7 +97,7 @@ class LayerGraphs(StepGraphs):
         def ending() -> Tensor:
             out, rest = through(last, rows if fewer else None)
             out = rms_norm(out, model.final_norm, model.config.rms_norm_eps, rest)[0]
-            logits = model.compute_logits(out if fewer else out.index_select(0, rows))
+            logits = model.compute_logits(out if fewer else out.index_select(0, rows), wide=False)
             ids.copy_(sample_tokens(logits, *greedy))
             return logits
 
