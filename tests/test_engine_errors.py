@@ -20,7 +20,8 @@ from ch15_helpers import (
     RequestOutput,
     SamplingParams,
 )
-from ch15_helpers.serving.memory import activation_bytes, pool_size
+from ch15_helpers.model.config import LLAMA3_8B
+from ch15_helpers.serving.memory import activation_bytes, pool_size, throughput_tokens
 
 if TYPE_CHECKING:
     from ch15_helpers.model.transformer import Transformer
@@ -265,6 +266,24 @@ def test_activations_are_counted_in_the_budget() -> None:
     small = activation_bytes(config, EngineConfig(max_num_batched_tokens=256), torch.bfloat16)
     large = activation_bytes(config, EngineConfig(max_num_batched_tokens=4096), torch.bfloat16)
     assert large > 10 * small
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "least", "tokens"), [(140, 2048, 8448), (16, 1024, 2112), (1, 512, 512)]
+)
+def test_a_budget_for_throughput_fills_whole_waves(
+    monkeypatch: pytest.MonkeyPatch, memory_gib: int, least: int, tokens: int
+) -> None:
+    memory = "ch15_helpers.serving.memory"
+    monkeypatch.setattr(f"{memory}.num_processors", lambda device: 132)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, memory_gib << 30))
+    config = EngineConfig(max_num_batched_tokens=least, max_num_seqs=4)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    found = throughput_tokens(LLAMA3_8B, config, gpu, torch.bfloat16)
+    assert found == tokens
+    for width in (4096, 6144, 14336, 28672) if found > least else ():
+        assert found // 64 * (width // 128) % (132 * 4) == 0  # quarters of tiles of 256 tokens
+    assert throughput_tokens(LLAMA3_8B, config, cpu, torch.bfloat16) == least
 
 
 def test_import_is_lazy() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,7 @@ from ch15_helpers.model.loading import load_model
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.engine import Engine, StepRecord
+from ch15_helpers.serving.memory import throughput_tokens
 from ch15_helpers.serving.request import SamplingParams
 
 Unit = Literal["tok/s", "ms/token", "s", "ms/step"]
@@ -109,7 +110,11 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Suite:
-    """Loads of one model on one kind of engine."""
+    """Loads of one model on one kind of engine.
+
+    Attributes:
+        setting: of its EngineConfig; a token budget that is not in it is ``throughput_tokens``.
+    """
 
     source: str
     setting: Mapping[str, Any]
@@ -201,8 +206,11 @@ def make_engine(model: Transformer, suite: Suite) -> tuple[Engine, float]:
     """An engine for a suite, and the seconds that it took to set up."""
     start_s = time.perf_counter()
     longest = max(max(load.prompts) + max(load.outputs) for load in suite.loads)
-    settings = {"max_model_len": longest, **suite.setting}
-    engine = Engine(model, EngineConfig(**settings))
+    config = EngineConfig(**{"max_model_len": longest, **suite.setting})
+    if "max_num_batched_tokens" not in suite.setting:
+        tokens = throughput_tokens(model.config, config, model.device, model.dtype)
+        config = replace(config, max_num_batched_tokens=tokens)
+    engine = Engine(model, config)
     return engine, time.perf_counter() - start_s
 
 

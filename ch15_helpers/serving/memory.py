@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from ch15_helpers.kernels.dispatch import num_processors
 from ch15_helpers.kernels.kv_quant import resolve_kv_dtype
 from ch15_helpers.kv.cache import num_blocks_for_memory
 from ch15_helpers.kv.policies import RecomputeCost
 from ch15_helpers.model.config import ModelConfig
 from ch15_helpers.serving.config import EngineConfig
 
+_ACTIVATIONS_FRACTION = 1 / 16  # of a GPU's memory, for a step of a budget that is chosen
 _CPU_FRACTION = 0.25  # of available RAM; pages that are never written to are never backed
 
 
@@ -72,6 +75,29 @@ def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtyp
     tokens = config.max_num_batched_tokens
     rows = min(config.max_num_seqs, tokens)
     return 2 * tokens * per_token * dtype.itemsize + rows * per_row
+
+
+def throughput_tokens(
+    model: ModelConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype
+) -> int:
+    """A ``max_num_batched_tokens`` for throughput: whole waves of tiles in every product.
+
+    A matrix product's tiles of 256 tokens by 128 features go to a GPU's processors in waves, and
+    the last wave is as long as a full one. With 64 tokens a processor a product whose width is a
+    multiple of 512 has as many tiles as fill whole waves: 8448 tokens on 132 processors, where
+    8192 fill 7.76 of 8 waves of a product 4096 wide. Halved until the activations of a step take
+    a sixteenth of the memory, but no less than ``config`` has; on a CPU what ``config`` has.
+    """
+    least = config.max_num_batched_tokens
+    if device.type != "cuda":
+        return least
+    room = torch.cuda.mem_get_info(device)[1] * _ACTIVATIONS_FRACTION
+    tokens = 64 * num_processors(device)
+    while activation_bytes(model, replace(config, max_num_batched_tokens=tokens), dtype) > room:
+        tokens //= 2
+        if tokens <= least:
+            return least
+    return max(least, tokens)
 
 
 def _cuda_budget_bytes(
