@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ch15_helpers.kernels.dispatch import triton_installed
+from ch15_helpers.kernels.hopper_gemm import hopper_linear
 from ch15_helpers.kernels.linear_cpu import linear_cpu
 from ch15_helpers.kernels.swiglu import swiglu
 
@@ -28,7 +29,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         from ch15_helpers.kernels.gemv_triton import gemv_triton
 
         return gemv_triton(x, weight)
-    return torch.nn.functional.linear(x, weight, bias)
+    product = hopper_linear(x, weight) if bias is None and x.is_cuda else None
+    return torch.nn.functional.linear(x, weight, bias) if product is None else product
 
 
 def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -41,7 +43,8 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
         from ch15_helpers.kernels.gemv_triton import gemv_triton
 
         return gemv_triton(x, weight, gated=True)
-    return swiglu(linear(x, weight))
+    product = hopper_linear(x, weight, gated=True) if x.is_cuda else None
+    return swiglu(linear(x, weight)) if product is None else product
 
 
 def _can_gemv(x: Tensor, weight: Tensor) -> bool:
