@@ -20,15 +20,11 @@ from ch15_helpers.disagg.wire import WireMessage
 
 _IN_CACHE_BYTES = 1024**2
 _APART_BYTES = 256 * 1024  # rows of this size and more travel apart from their tags: no copy
-_PIECE_BYTES = 2 * 1024**2
 
 
 @dataclass(slots=True)
 class Batch:
-    """Blocks ``start .. stop - 1`` of a transfer, as its message number ``number``.
-
-    ``digests`` are those of its rows so far, by piece.
-    """
+    """Blocks ``start .. stop - 1`` of a transfer, as its message number ``number``."""
 
     transfer: Transfer
     number: int
@@ -38,17 +34,6 @@ class Batch:
 
     def __len__(self) -> int:
         return self.stop - self.start
-
-    def runs(self) -> list[slice]:
-        """Its rows as they travel: one piece each, the tags after them; none: all in one piece.
-
-        A row that is large travels alone, so that it may lie anywhere in the pool.
-        """
-        count, size = len(self), self.row_bytes
-        if count * size < _APART_BYTES:
-            return []
-        step = 1 if size >= _APART_BYTES else max(1, _PIECE_BYTES // size)
-        return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 class Freight:
@@ -62,98 +47,72 @@ class Freight:
         self.pool = pool
         self._clock, self._verify = clock, verify
         self._checksums: dict[int, Checksum] = {}
-        self._early: dict[WireMessage, dict[int, list[int]]] = {}
         self.processor_s = 0.0
 
+    def pieces(self, batch: Batch, buffer: Tensor) -> list[Tensor]:
+        """How a message is divided, the same on both sides."""
+        tags, rows = split(buffer, len(batch))
+        return [buffer] if rows.numel() < _APART_BYTES else [rows.view(-1), tags.view(-1)]
+
     def pack(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
-        """Divide a message that is sent; the wire has it filled piece by piece.
+        """Fill a message. The peer waits for it even when its transfer has been given up.
 
-        The peer waits for it even when its transfer has been given up. Rows that are sent from the
-        pool itself may be overwritten if the transfer is given up meanwhile; their digests tell.
+        Rows that are sent from the pool itself may be overwritten if the transfer is given up
+        meanwhile; their digests tell. Those are computed when the wire takes the tags.
         """
-        tags, rows = split(message.buffer, len(batch))
-        runs = batch.runs()
-        if not runs:
-            message.pieces = [message.buffer]
-        else:
-            message.pieces = [*self._pieces(batch, rows, runs, message, zero_copy), tags.view(-1)]
-        message.filling = self._filling(batch, message, tags, rows, runs)
+        with self._timed(batch.transfer):
+            self._fill(batch, message, zero_copy)
 
-    def _pieces(
-        self, batch: Batch, rows: Tensor, runs: list[slice], message: WireMessage, zero_copy: bool
-    ) -> list[Tensor]:
-        """Rows [n, row_bytes] as pieces, each memory of the pool where that is possible."""
-        pieces = [rows[run].view(-1) for run in runs]
-        if zero_copy and batch.transfer.state is TransferState.PENDING:
-            blocks = [ref.block for ref in batch.transfer.refs[batch.start : batch.stop]]
-            tables = [blocks[run] for run in runs]
-            for number, own in enumerate(self.pool.memory(tables, batch.transfer.part)):
-                if own is not None:
-                    pieces[number] = own.view(-1)
-                    message.own.add(number)
-        return pieces
-
-    def _filling(
-        self, batch: Batch, message: WireMessage, tags: Tensor, rows: Tensor, runs: list[slice]
-    ) -> Iterator[None]:
-        """Make piece after piece ready: rows before they are sent, their digests after that."""
+    def _fill(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
         transfer = batch.transfer
+        tags, rows = split(message.buffer, len(batch))
+        message.pieces = self.pieces(batch, message.buffer)
         if transfer.state is not TransferState.PENDING:
             write_void(tags)
             return
         refs = transfer.refs[batch.start : batch.stop]
         blocks = [ref.block for ref in refs]
-        digests = []
-        for number, run in enumerate(runs or [slice(0, len(batch))]):
-            piece = rows[run]
-            if number in message.own:
-                piece = message.pieces[number].view(len(piece), -1)
-                yield
-            for some in self._groups(piece):
-                with self._timed(transfer):
-                    if number not in message.own:
-                        self.pool.pack(blocks[run][some], transfer.part, piece[some])
-                    digests.append(self._digests(piece[some]))
-            if runs and number not in message.own:
-                yield
-        with self._timed(transfer):
+        own = None
+        if zero_copy and len(message.pieces) > 1:
+            own = self.pool.memory(blocks, transfer.part)
+        if own is not None:
+            message.pieces[0] = own.view(-1)
+            message.complete = partial(self._seal, batch, tags, own)
+        else:
+            digests = []
+            for some in self._groups(rows):
+                self.pool.pack(blocks[some], transfer.part, rows[some])
+                digests.append(self._digests(rows[some]) if self._verify else _no_digests(some))
             write_tags(tags, refs, transfer.part, torch.cat(digests))
 
-    def aim(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
-        """Divide a message that is received, like ``pack``; into the pool where that is possible.
+    def _seal(self, batch: Batch, tags: Tensor, rows: Tensor) -> None:
+        transfer = batch.transfer
+        with self._timed(transfer):
+            groups = self._groups(rows)
+            digests = [self._digests(rows[g]) if self._verify else _no_digests(g) for g in groups]
+            refs = transfer.refs[batch.start : batch.stop]
+            write_tags(tags, refs, transfer.part, torch.cat(digests))
 
-        It is under a lease: what the wire writes to the blocks when the lease is over does no
-        harm, as a pinned lease keeps them.
+    def aim(self, batch: Batch) -> Tensor | None:
+        """Memory of the pool that a message's rows may be received into, if there is any.
+
+        Blocks must be neighbours, and held by a lease: what the wire writes there when the lease
+        is over does no harm, as a pinned lease keeps the blocks.
         """
-        tags, rows = split(message.buffer, len(batch))
-        runs, lease = batch.runs(), batch.transfer.lease
-        if not runs:
-            message.pieces = [message.buffer]
-            return
-        held = lease is not None and lease.holds(self._clock())
-        pieces = self._pieces(batch, rows, runs, message, zero_copy and held)
-        message.pieces = [*pieces, tags.view(-1)]
-        if message.own and self._verify:
-            self._checksum(batch.row_bytes)
-            self._early[message] = {}
-            message.arrived = partial(self._arrived, batch, message, self._early[message])
-
-    def _arrived(
-        self, batch: Batch, message: WireMessage, early: dict[int, list[int]], number: int
-    ) -> None:
-        """Digests of a piece while the next one is under way; on any thread."""
-        if number in message.own and batch.transfer.state is TransferState.PENDING:
-            rows = message.pieces[number].view(-1, batch.row_bytes)
-            early[number] = self._digests(rows).tolist()
+        transfer = batch.transfer
+        lease = transfer.lease
+        small = batch.row_bytes * len(batch) < _APART_BYTES
+        if small or lease is None or not lease.holds(self._clock()):
+            return None
+        if transfer.state is not TransferState.PENDING:
+            return None
+        refs = transfer.refs[batch.start : batch.stop]
+        return self.pool.memory([ref.block for ref in refs], transfer.part)
 
     def land(self, batch: Batch, message: WireMessage) -> None:
         """Examine a message and write what is intact to the pool, where it is not there yet."""
         with self._timed(batch.transfer):
             self._land(batch, message)
-
-    def forget(self, message: WireMessage) -> None:
-        """A message is over."""
-        self._early.pop(message, None)
 
     @contextmanager
     def _timed(self, transfer: Transfer) -> Iterator[None]:
@@ -167,52 +126,41 @@ class Freight:
 
     def _land(self, batch: Batch, message: WireMessage) -> None:
         transfer = batch.transfer
-        buffer_tags, rows = split(message.buffer, len(batch))
-        tags = Tags(buffer_tags, transfer.part) if self._verify else None
-        if tags is not None and tags.void:
-            return
-        blocks = [ref.block for ref in transfer.refs[batch.start : batch.stop]]
-        early = self._early.get(message, {})
-        for number, run in enumerate(batch.runs() or [slice(0, len(batch))]):
-            own = number in message.own
-            piece = message.pieces[number].view(-1, batch.row_bytes) if own else rows[run]
-            if tags is not None:
-                self._land_verified(batch, tags, run.start, piece, own, early.get(number))
-            elif not own:
-                self.pool.unpack(piece, blocks[run], transfer.part)
-        if tags is None:
+        tags, rows = split(message.buffer, len(batch))
+        if message.direct:
+            rows = message.pieces[0].view(len(batch), -1)
+        if self._verify:
+            self._land_verified(batch, Tags(tags, transfer.part), rows, message.direct)
+        else:
+            blocks = [ref.block for ref in transfer.refs[batch.start : batch.stop]]
+            if not message.direct:
+                self.pool.unpack(rows, blocks, transfer.part)
             transfer.report.landed.update(range(batch.start, batch.stop))
 
-    def _land_verified(
-        self,
-        batch: Batch,
-        tags: Tags,
-        first: int,
-        rows: Tensor,
-        own: bool,
-        early: list[int] | None,
-    ) -> None:
-        """Rows ``first ..`` of a message; those that are the pool's ``own`` memory stay there."""
+    def _land_verified(self, batch: Batch, tags: Tags, rows: Tensor, direct: bool) -> None:
+        if tags.void:
+            return
         transfer, report = batch.transfer, batch.transfer.report
         for some in self._groups(rows):
-            digests = self._digests(rows[some]).tolist() if early is None else early[some]
+            digests = self._digests(rows[some]).tolist()
             chosen: dict[int, int] = {}  # position in the transfer: row
             for row, digest in enumerate(digests, some.start):
-                tag, place = first + row, batch.start + first + row
-                key = tags.keys[tag]
+                key = tags.keys[row]
                 position = None if key is None else transfer.positions.get(key)
                 if position is None:
                     report.num_stray += 1
                 elif position in report.landed or position in chosen:
                     report.duplicated.add(position)
-                elif digest == tags.promised[tag] and not (own and position != place):
+                elif digest == tags.promised[row] and not (
+                    direct and position != batch.start + row
+                ):
                     chosen[position] = row
-                    report.num_out_of_order += position != place
+                    report.num_out_of_order += position != batch.start + row
                 else:
                     mixed_up = tags.exchanged(digest)
                     (report.exchanged if mixed_up else report.corrupted).add(position)
             report.landed |= chosen.keys()
-            if chosen and not own:
+            if chosen and not direct:
                 blocks = [transfer.refs[position].block for position in chosen]
                 whole = len(chosen) == len(digests)
                 taken = rows[some] if whole else rows[list(chosen.values())]
@@ -225,11 +173,11 @@ class Freight:
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     def _digests(self, rows: Tensor) -> Tensor:
-        if not self._verify:
-            return torch.zeros(len(rows), dtype=torch.int64)
-        return self._checksum(rows.shape[1])(rows)
+        size = rows.shape[1]
+        if size not in self._checksums:
+            self._checksums[size] = Checksum(size // 8, rows.device)
+        return self._checksums[size](rows)
 
-    def _checksum(self, row_bytes: int) -> Checksum:
-        if row_bytes not in self._checksums:
-            self._checksums[row_bytes] = Checksum(row_bytes // 8, self.pool.device)
-        return self._checksums[row_bytes]
+
+def _no_digests(group: slice) -> Tensor:
+    return torch.zeros(group.stop - group.start, dtype=torch.int64)
