@@ -182,15 +182,15 @@ def test_which_verifications_are_captured(
     ).runner.graphs
     assert graphs is not None
     assert graphs.verification_sizes == verification_ladder(tiny.config, 20)
-    assert graphs.verification_sizes == [4, 6, 8, 12, 16, 20]
+    assert graphs.verification_sizes == [4, 8, 16, 20]
     kept = [one for shape, one in graphs._captured.items() if shape.verifies]
     assert len({one.logits.data_ptr() for one in kept}) == 1, "they share one place for logits"
 
     def fit(lens: list[int]) -> StepShape | None:
         return graphs._fit(batch_of(lens, sum(lens)))[0]
 
-    assert fit([5]) == StepShape(6, 4, 6, 5, verifies=True)
-    assert fit([5, 1, 1, 3]) == StepShape(12, 4, 12, 5, verifies=True)
+    assert fit([5]) == StepShape(8, 4, 8, 5, verifies=True)
+    assert fit([5, 1, 1, 3]) == StepShape(16, 4, 16, 5, verifies=True)
     assert fit([5] * 4) == StepShape(20, 4, 20, 5, verifies=True)
     assert fit([5] * 4 + [2]) is None, "more than the ladder"
     assert fit([1, 1]) == StepShape.decode(2)

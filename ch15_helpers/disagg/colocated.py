@@ -127,6 +127,7 @@ class SplitPools:
         prefill = replace(
             prefill, max_num_seqs=1, enable_chunked_prefill=False, capture_decode=False
         )
+        decode = replace(decode, capture_prompts=False)  # it has none
         self.model, self.clock = model, clock
         self.prefill = PrefillEngine(model, prefill, clock=clock)
         self.decode = DecodeEngine(model, decode, clock=clock, on_step=self._after_decode)

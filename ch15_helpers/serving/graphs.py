@@ -64,20 +64,28 @@ def prompt_ladder(config: ModelConfig, max_num_batched_tokens: int) -> list[int]
     They end where computing takes longer than launching (or with the largest step): with
     SmolLM2's 30 narrow layers beyond any step, with Llama-3-8B's 32 wide ones at 512.
     """
-    return _up_to(config, max_num_batched_tokens, shortest=16)
+    return _worth_capturing(config, _sizes(4), max_num_batched_tokens)
 
 
 def verification_ladder(config: ModelConfig, max_tokens: int) -> list[int]:
-    """Token counts to capture for verifications: 4, 6, 8, 12 and so on, to the same end."""
-    return _up_to(config, max_tokens, shortest=4)
+    """Token counts to capture for verifications: doubling from 4 to 128, then 192, 256, 384 ….
+
+    They end where those of prompts do. Up to a hundred tokens and more a step takes the time in
+    which the weights are read, so that padding costs nothing.
+    """
+    return _worth_capturing(config, [4, 8, 16, 32, 64, *_sizes(7)], max_tokens)
 
 
-def _up_to(config: ModelConfig, max_tokens: int, shortest: int) -> list[int]:
+def _sizes(first: int) -> list[int]:
+    """Powers of two from ``2**first``, and what lies halfway between two of them."""
+    return [size for n in range(first, 15) for size in (1 << n, 3 << (n - 1))]
+
+
+def _worth_capturing(config: ModelConfig, sizes: list[int], max_tokens: int) -> list[int]:
     flops = 2 * config.num_parameters(active_only=True)
     worth = config.num_hidden_layers * _LAUNCH_S_PER_LAYER * _FLOPS_PER_S / flops
     most = min(int(worth), max_tokens)
-    sizes = [size for n in range(2, 15) for size in (1 << n, 3 << (n - 1))]
-    kept = [size for size in sizes if shortest <= size < most]
+    kept = [size for size in sizes if size < most]
     return [*kept, max_tokens] if most == max_tokens else kept
 
 
