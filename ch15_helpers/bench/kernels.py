@@ -5,7 +5,8 @@ shape: the rate that it achieved, the limit that was measured in the same run (r
 decodes and sampling, matmul rate for prompts, copy bandwidth for the rest), the fraction, and
 where a peer was recorded its rate and ours over it. On a GPU a time is that of a call in a graph of
 several, which is how the engine launches decodes. On a CPU the shapes are smaller.
-``bench.kernel_rows`` has the rows that are not attention, ``bench.moe`` the MoE block's.
+``bench.kernel_rows`` has the rows that are not attention, ``bench.moe`` the MoE block's and
+``bench.products`` those of a dense layer.
 
 Whether a kernel reads or writes outside its tensors is for CUDA's compute-sanitizer to say:
 ``compute-sanitizer --error-exitcode 1 python -m pytest -q tests/test_cuda_small.py`` runs every

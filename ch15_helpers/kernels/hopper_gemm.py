@@ -16,6 +16,7 @@ import ctypes
 import functools
 import warnings
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Literal
 
 import torch
@@ -148,7 +149,7 @@ def _library() -> ctypes.CDLL | None:
             "ch15_hopper_gemm", sources, extra_cuda_cflags=list(_FLAGS), is_python_module=False
         )
         library = ctypes.CDLL(str(path))
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"the CUDA C++ matrix products were not built ({first}): cuBLAS multiplies. "
