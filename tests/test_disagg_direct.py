@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from ch15_helpers.disagg import freight
 from ch15_helpers.disagg.clock import VirtualClock
 from ch15_helpers.disagg.faults import Fault, FaultyWire
 from ch15_helpers.disagg.leases import Lease, LeaseTable
@@ -27,17 +28,29 @@ BLOCKS = 16  # of 128 KiB
 class SpyWire(LocalWire):
     """Notes how messages travel."""
 
+    early = False
+
     def __init__(self, hub: LocalHub, rank: int) -> None:
         super().__init__(hub, rank)
         self.direct: list[bool] = []
         self.borrowed: list[bool] = []
+        self.own: list[set[int]] = []
 
     def start(self, messages: Sequence[WireMessage]) -> None:
         for message in messages:
             rows = message.pieces[0].untyped_storage().data_ptr()
             self.borrowed.append(rows != message.buffer.untyped_storage().data_ptr())
             self.direct.append(message.direct)
+            self.own.append(message.own)
         super().start(messages)
+
+    def finished(self) -> list[tuple[WireMessage, str | None]]:
+        done = super().finished()
+        for message, _ in done:
+            for number in range(len(message.pieces)):  # as wires with threads do
+                if self.early and message.arrived is not None:
+                    message.arrived(number)
+        return done
 
 
 class Ends:
@@ -82,6 +95,19 @@ def test_neighbours_are_not_copied_and_others_are() -> None:
             ends.leases.check_invariants()
 
 
+def test_one_message_may_lie_in_the_pool_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of two blocks: each is copied or not, on each side for itself."""
+    monkeypatch.setattr(freight, "_PIECE_BYTES", 2 * 128 * 1024)
+    ends = Ends()
+    table, other = [3, 4, 9, 6, 0], [8, 10, 11, 12, 1]
+    receive = ends.receive(other, ends.leases.grant("r", other, 9.0))
+    send = ends.send(table)
+    ends.ends[1].wait(receive)
+    assert receive.report.is_clean and ends.ends[0].poll() == [send]
+    assert torch.equal(ends.caches[1].pages[other], ends.caches[0].pages[table])
+    assert ends.wires[0].own == [{0, 2}] and ends.wires[1].own == [{1, 2}]
+
+
 def test_without_a_lease_nothing_goes_into_the_pool_unchecked() -> None:
     ends = Ends()
     receive = ends.receive([8, 9, 10, 11], None)
@@ -90,9 +116,11 @@ def test_without_a_lease_nothing_goes_into_the_pool_unchecked() -> None:
     assert ends.wires[1].direct == [False] and receive.report.is_clean
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("fault", get_args(Fault))
-def test_faults_are_found_in_what_was_received_directly(fault: Fault) -> None:
+def test_faults_are_found_in_what_was_received_directly(fault: Fault, early: bool) -> None:
     ends = Ends(fault)
+    ends.wires[1].early = early
     other = [8, 9, 10, 11]
     receive = ends.receive(other, ends.leases.grant("r", other, 9.0))
     ends.send([3, 4, 5, 6])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ch15_helpers.disagg.checksum import Checksum
+from ch15_helpers.disagg.checksum import FOLD, LINE_WORDS, Checksum
 from ch15_helpers.disagg.clock import VirtualClock
 from ch15_helpers.disagg.fabric import Fabric, FabricWire
 from ch15_helpers.disagg.faults import Fault, FaultyWire
@@ -186,6 +186,7 @@ class MislabellingWire(LocalWire):
     def start(self, messages: Sequence[WireMessage]) -> None:
         for message in messages:
             if message.sending:
+                message.seal()
                 message.buffer[TAG_BYTES + 8] ^= 2
         super().start(messages)
 
@@ -219,6 +220,35 @@ def test_any_flipped_bit_and_any_swap_changes_the_digest(data: st.DataObject) ->
     words[0, [first, second]] = words[0, [second, first]]
     if not torch.equal(words.view(torch.uint8), row):
         assert checksum(words.view(torch.uint8)) != right
+
+
+@pytest.mark.parametrize("num_lines", [3, 4, 15, 16, 35])
+def test_folded_rows_keep_what_a_digest_promises(num_lines: int) -> None:
+    """Every flipped bit, every run that moved; the same by NumPy, by torch and by the formula."""
+    count = num_lines * LINE_WORDS + 72
+    torch.manual_seed(0)
+    words = torch.randint(-(2**62), 2**62, (3, count))
+    checksum = Checksum(count)
+    right = checksum(words.view(torch.uint8))
+    by_torch = torch.stack([checksum.portable(row[None])[0] for row in words])
+    assert torch.equal(right, by_torch)
+    lines = num_lines if num_lines >= 4 else 0
+    columns, groups, rest = (each.tolist() for each in checksum.weights)
+    weights = [columns[i % LINE_WORDS] * groups[i // LINE_WORDS // FOLD]
+               for i in range(lines * LINE_WORDS)] + rest  # fmt: skip
+    total = sum(w * x for w, x in zip(weights, words[1].tolist(), strict=True))
+    assert (total - int(right[1])) % 2**64 == 0 and all(weight % 2 for weight in weights)
+    for size in (8, 32, 64, 512, 1024, count // 2):  # words of a head, a token, a page, ...
+        moved = words[0].clone()
+        moved[:size], moved[-size:] = words[0][-size:], words[0][:size]
+        assert checksum(moved[None].view(torch.uint8))[0] != right[0]
+        shifted = words[0].roll(size)
+        assert checksum(shifted[None].view(torch.uint8))[0] != right[0]
+    for word in (0, 5, LINE_WORDS, count - 80, count - 1):
+        for bit in (0, 31, 63):
+            flipped = words[0].clone()
+            flipped[word] ^= -(2**63) if bit == 63 else 1 << bit
+            assert checksum(flipped[None].view(torch.uint8))[0] != right[0]
 
 
 # ---- tensor parallelism ------------------------------------------------------------------------

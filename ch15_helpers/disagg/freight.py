@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,20 +20,34 @@ from ch15_helpers.disagg.wire import WireMessage
 
 _IN_CACHE_BYTES = 1024**2
 _APART_BYTES = 256 * 1024  # rows of this size and more travel apart from their tags: no copy
+# A piece costs a lock and a wake-up on each side; the first digest waits for one, and the last.
+_PIECE_BYTES = 6 * 1024**2
 
 
 @dataclass(slots=True)
 class Batch:
-    """Blocks ``start .. stop - 1`` of a transfer, as its message number ``number``."""
+    """Blocks ``start .. stop - 1`` of a transfer, as its message number ``number``.
+
+    ``early`` has the digests of pieces that arrived while others were under way.
+    """
 
     transfer: Transfer
     number: int
     start: int
     stop: int
     row_bytes: int
+    early: dict[int, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    def runs(self) -> list[slice]:
+        """Its rows as they travel, piece by piece before the tags; none: all in one piece."""
+        count, size = len(self), self.row_bytes
+        if count * size < _APART_BYTES:
+            return []
+        step = max(1, _PIECE_BYTES // size)
+        return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 class Freight:
@@ -49,65 +63,85 @@ class Freight:
         self._checksums: dict[int, Checksum] = {}
         self.processor_s = 0.0
 
-    def pieces(self, batch: Batch, buffer: Tensor) -> list[Tensor]:
-        """How a message is divided, the same on both sides."""
-        tags, rows = split(buffer, len(batch))
-        return [buffer] if rows.numel() < _APART_BYTES else [rows.view(-1), tags.view(-1)]
-
     def pack(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
-        """Fill a message. The peer waits for it even when its transfer has been given up.
+        """Divide a message that is sent; the wire has it filled piece by piece.
 
-        Rows that are sent from the pool itself may be overwritten if the transfer is given up
-        meanwhile; their digests tell. Those are computed when the wire takes the tags.
+        The peer waits for it even when its transfer has been given up. Rows that are sent from the
+        pool itself may be overwritten if the transfer is given up meanwhile; their digests tell.
         """
-        with self._timed(batch.transfer):
-            self._fill(batch, message, zero_copy)
-
-    def _fill(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
-        transfer = batch.transfer
         tags, rows = split(message.buffer, len(batch))
-        message.pieces = self.pieces(batch, message.buffer)
+        runs = batch.runs()
+        if not runs:
+            message.pieces = [message.buffer]
+        else:
+            message.pieces = [*self._pieces(batch, rows, runs, message, zero_copy), tags.view(-1)]
+        message.filling = self._filling(batch, message, tags, rows, runs)
+
+    def _pieces(
+        self, batch: Batch, rows: Tensor, runs: list[slice], message: WireMessage, zero_copy: bool
+    ) -> list[Tensor]:
+        """Rows [n, row_bytes] as pieces, each memory of the pool where that is possible."""
+        pieces = [rows[run].view(-1) for run in runs]
+        if zero_copy and batch.transfer.state is TransferState.PENDING:
+            blocks = [ref.block for ref in batch.transfer.refs[batch.start : batch.stop]]
+            tables = [blocks[run] for run in runs]
+            for number, own in enumerate(self.pool.memory(tables, batch.transfer.part)):
+                if own is not None:
+                    pieces[number] = own.view(-1)
+                    message.own.add(number)
+        return pieces
+
+    def _filling(
+        self, batch: Batch, message: WireMessage, tags: Tensor, rows: Tensor, runs: list[slice]
+    ) -> Iterator[None]:
+        """Make piece after piece ready: rows before they are sent, their digests after that."""
+        transfer = batch.transfer
         if transfer.state is not TransferState.PENDING:
             write_void(tags)
             return
         refs = transfer.refs[batch.start : batch.stop]
         blocks = [ref.block for ref in refs]
-        own = None
-        if zero_copy and len(message.pieces) > 1:
-            own = self.pool.memory(blocks, transfer.part)
-        if own is not None:
-            message.pieces[0] = own.view(-1)
-            message.complete = partial(self._seal, batch, tags, own)
-        else:
-            digests = []
-            for some in self._groups(rows):
-                self.pool.pack(blocks[some], transfer.part, rows[some])
-                digests.append(self._digests(rows[some]) if self._verify else _no_digests(some))
-            write_tags(tags, refs, transfer.part, torch.cat(digests))
-
-    def _seal(self, batch: Batch, tags: Tensor, rows: Tensor) -> None:
-        transfer = batch.transfer
+        digests = []
+        for number, run in enumerate(runs or [slice(0, len(batch))]):
+            if number in message.own:
+                yield
+                with self._timed(transfer):
+                    own = message.pieces[number].view(-1, batch.row_bytes)
+                    digests.append(self._digests(own))
+                continue
+            for some in self._groups(rows[run]):
+                with self._timed(transfer):
+                    piece = rows[run][some]
+                    self.pool.pack(blocks[run][some], transfer.part, piece)
+                    digests.append(self._digests(piece))
+            if runs:
+                yield
         with self._timed(transfer):
-            groups = self._groups(rows)
-            digests = [self._digests(rows[g]) if self._verify else _no_digests(g) for g in groups]
-            refs = transfer.refs[batch.start : batch.stop]
             write_tags(tags, refs, transfer.part, torch.cat(digests))
 
-    def aim(self, batch: Batch) -> Tensor | None:
-        """Memory of the pool that a message's rows may be received into, if there is any.
+    def aim(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
+        """Divide a message that is received, like ``pack``; into the pool where that is possible.
 
-        Blocks must be neighbours, and held by a lease: what the wire writes there when the lease
-        is over does no harm, as a pinned lease keeps the blocks.
+        It is under a lease: what the wire writes to the blocks when the lease is over does no
+        harm, as a pinned lease keeps them.
         """
-        transfer = batch.transfer
-        lease = transfer.lease
-        small = batch.row_bytes * len(batch) < _APART_BYTES
-        if small or lease is None or not lease.holds(self._clock()):
-            return None
-        if transfer.state is not TransferState.PENDING:
-            return None
-        refs = transfer.refs[batch.start : batch.stop]
-        return self.pool.memory([ref.block for ref in refs], transfer.part)
+        tags, rows = split(message.buffer, len(batch))
+        runs, lease = batch.runs(), batch.transfer.lease
+        if not runs:
+            message.pieces = [message.buffer]
+            return
+        held = lease is not None and lease.holds(self._clock())
+        pieces = self._pieces(batch, rows, runs, message, zero_copy and held)
+        message.pieces = [*pieces, tags.view(-1)]
+        if message.own and self._verify:
+            self._checksum(batch.row_bytes)
+            message.arrived = partial(self._arrived, batch, message)
+
+    def _arrived(self, batch: Batch, message: WireMessage, number: int) -> None:
+        """Digests of a piece while the next one is under way; on any thread."""
+        if number in message.own and batch.transfer.state is TransferState.PENDING:
+            rows = message.pieces[number].view(-1, batch.row_bytes)
+            batch.early[number] = self._digests(rows).tolist()
 
     def land(self, batch: Batch, message: WireMessage) -> None:
         """Examine a message and write what is intact to the pool, where it is not there yet."""
@@ -126,41 +160,51 @@ class Freight:
 
     def _land(self, batch: Batch, message: WireMessage) -> None:
         transfer = batch.transfer
-        tags, rows = split(message.buffer, len(batch))
-        if message.direct:
-            rows = message.pieces[0].view(len(batch), -1)
-        if self._verify:
-            self._land_verified(batch, Tags(tags, transfer.part), rows, message.direct)
-        else:
-            blocks = [ref.block for ref in transfer.refs[batch.start : batch.stop]]
-            if not message.direct:
-                self.pool.unpack(rows, blocks, transfer.part)
+        buffer_tags, rows = split(message.buffer, len(batch))
+        tags = Tags(buffer_tags, transfer.part) if self._verify else None
+        if tags is not None and tags.void:
+            return
+        blocks = [ref.block for ref in transfer.refs[batch.start : batch.stop]]
+        for number, run in enumerate(batch.runs() or [slice(0, len(batch))]):
+            own = number in message.own
+            piece = message.pieces[number].view(-1, batch.row_bytes) if own else rows[run]
+            if tags is not None:
+                self._land_verified(batch, tags, run.start, piece, own, batch.early.get(number))
+            elif not own:
+                self.pool.unpack(piece, blocks[run], transfer.part)
+        if tags is None:
             transfer.report.landed.update(range(batch.start, batch.stop))
 
-    def _land_verified(self, batch: Batch, tags: Tags, rows: Tensor, direct: bool) -> None:
-        if tags.void:
-            return
+    def _land_verified(
+        self,
+        batch: Batch,
+        tags: Tags,
+        first: int,
+        rows: Tensor,
+        own: bool,
+        early: list[int] | None,
+    ) -> None:
+        """Rows ``first ..`` of a message; those that are the pool's ``own`` memory stay there."""
         transfer, report = batch.transfer, batch.transfer.report
         for some in self._groups(rows):
-            digests = self._digests(rows[some]).tolist()
+            digests = self._digests(rows[some]).tolist() if early is None else early[some]
             chosen: dict[int, int] = {}  # position in the transfer: row
             for row, digest in enumerate(digests, some.start):
-                key = tags.keys[row]
+                tag, place = first + row, batch.start + first + row
+                key = tags.keys[tag]
                 position = None if key is None else transfer.positions.get(key)
                 if position is None:
                     report.num_stray += 1
                 elif position in report.landed or position in chosen:
                     report.duplicated.add(position)
-                elif digest == tags.promised[row] and not (
-                    direct and position != batch.start + row
-                ):
+                elif digest == tags.promised[tag] and not (own and position != place):
                     chosen[position] = row
-                    report.num_out_of_order += position != batch.start + row
+                    report.num_out_of_order += position != place
                 else:
                     mixed_up = tags.exchanged(digest)
                     (report.exchanged if mixed_up else report.corrupted).add(position)
             report.landed |= chosen.keys()
-            if chosen and not direct:
+            if chosen and not own:
                 blocks = [transfer.refs[position].block for position in chosen]
                 whole = len(chosen) == len(digests)
                 taken = rows[some] if whole else rows[list(chosen.values())]
@@ -173,11 +217,11 @@ class Freight:
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     def _digests(self, rows: Tensor) -> Tensor:
-        size = rows.shape[1]
-        if size not in self._checksums:
-            self._checksums[size] = Checksum(size // 8, rows.device)
-        return self._checksums[size](rows)
+        if not self._verify:
+            return torch.zeros(len(rows), dtype=torch.int64)
+        return self._checksum(rows.shape[1])(rows)
 
-
-def _no_digests(group: slice) -> Tensor:
-    return torch.zeros(group.stop - group.start, dtype=torch.int64)
+    def _checksum(self, row_bytes: int) -> Checksum:
+        if row_bytes not in self._checksums:
+            self._checksums[row_bytes] = Checksum(row_bytes // 8, self.pool.device)
+        return self._checksums[row_bytes]

@@ -91,15 +91,21 @@ class RegisteredPool:
             else:
                 view.index_copy_(0, self._index(blocks), source.to(view.device))
 
-    def memory(self, blocks: Sequence[int], part: Part) -> Tensor | None:
-        """The blocks' own bytes, uint8 [n, row_bytes], where they lie as rows do; else None."""
-        first, count = blocks[0], len(blocks)
-        if len(self._tensors) > 1 or list(blocks) != list(range(first, first + count)):
-            return None
-        view = self._views(part)[0][first : first + count]
+    def memory(self, tables: Sequence[Sequence[int]], part: Part) -> list[Tensor | None]:
+        """Of each table, its blocks' own bytes, uint8 [n, row_bytes], if they lie as rows do."""
+        view = self._views(part)[0]
         size = view[0].numel() * view.element_size()
-        contiguous = view.is_contiguous() and size % 8 == 0
-        return view.view(count, -1).view(torch.uint8) if contiguous else None
+        if len(self._tensors) > 1 or size % 8 or not view[:1].is_contiguous():
+            return [None] * len(tables)
+        found: list[Tensor | None] = []
+        for table in tables:
+            first, count = table[0], len(table)
+            rows = view[first : first + count]
+            near = count == 1 or (
+                rows.is_contiguous() and list(table) == list(range(first, first + count))
+            )
+            found.append(rows.view(count, -1).view(torch.uint8) if near else None)
+        return found
 
     def check(self, blocks: Sequence[int], part: Part) -> None:
         """Raise ValueError for a block, layer or head that the pool does not have."""

@@ -84,7 +84,7 @@ class BlockTransport:
         *,
         clock: Clock,
         verify: bool = True,
-        max_message_bytes: int = 8 * 1024**2,
+        max_message_bytes: int = 32 * 1024**2,
         default_timeout_s: float = 30.0,
     ) -> None:
         """Wrap a wire.
@@ -292,12 +292,10 @@ class BlockTransport:
         if message.sending:
             self._freight.pack(batch, message, zero_copy)
             return
-        message.pieces = self._freight.pieces(batch, message.buffer)
-        own = self._freight.aim(batch) if zero_copy else None
-        if own is not None:
+        self._freight.aim(batch, message, zero_copy)
+        if message.direct:
             assert batch.transfer.lease is not None
             batch.transfer.lease.pin()
-            message.pieces[0], message.direct = own.view(-1), True
 
     def _finish(self, message: WireMessage, error: str | None) -> None:
         batch = self._lanes.finish(message)

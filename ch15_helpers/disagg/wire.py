@@ -29,9 +29,11 @@ class WireMessage:
         buffer: uint8 [n], contiguous; belongs to the wire until the message is finished.
         num_blocks: how many tags its first bytes hold.
         number: place in its transfer.
-        pieces: what moves, in order: the buffer, or several parts of it, or memory of a pool.
-        direct: the rows that are received are memory of the pool.
-        complete: writes what the last piece still lacks; see ``take``.
+        pieces: what moves, in order: parts of the buffer, or memory of a pool.
+        own: numbers of the pieces that are memory of the pool.
+        filling: of a send, makes one piece after the other ready; see ``take``.
+        arrived: of a receive, may be called by any thread with the number of a piece that is
+            there, while later ones are still under way: its digests are computed then.
     """
 
     sending: bool
@@ -41,21 +43,27 @@ class WireMessage:
     num_blocks: int
     number: int
     pieces: list[Tensor] = field(default_factory=list)
-    direct: bool = False
-    complete: Callable[[], None] | None = None
+    own: set[int] = field(default_factory=set)
+    filling: Iterator[None] | None = None
+    arrived: Callable[[int], None] | None = None
+
+    @property
+    def direct(self) -> bool:
+        """Whether rows are memory of the pool."""
+        return bool(self.own)
 
     def seal(self) -> None:
-        """Make all pieces complete."""
-        complete, self.complete = self.complete, None
-        if complete is not None:
-            complete()
+        """Make all pieces ready."""
+        if self.filling is not None:
+            deque(self.filling, maxlen=0)
 
     def take(self) -> Iterator[Tensor]:
-        """The pieces in order. The last is completed only now, so that the first already moves
-        while its checksums are computed."""
-        yield from self.pieces[:-1]
+        """The pieces in order, each made ready only now: those before it move meanwhile."""
+        for piece in self.pieces:
+            if self.filling is not None:
+                next(self.filling, None)
+            yield piece
         self.seal()
-        yield self.pieces[-1]
 
     @property
     def num_bytes(self) -> int:

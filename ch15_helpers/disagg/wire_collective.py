@@ -119,8 +119,10 @@ class GlooWire:
             key, works, message = item
             error = None
             try:
-                for work in works:
+                for number, work in enumerate(works):
                     work.wait(_FOREVER)
+                    if message.arrived is not None:
+                        message.arrived(number)
             except RuntimeError as problem:
                 error = str(problem)
             with self._changed:
