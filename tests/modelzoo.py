@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.cpu_library import cpu_library
 
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe", "mixtral")
-BACKENDS = ("reference", "sdpa", *(("triton",) if torch.cuda.is_available() else ()))
+CPU_BACKENDS = ("reference", "sdpa", *(("compiled",) if cpu_library() is not None else ()))
+BACKENDS = ("reference", "sdpa", "triton") if torch.cuda.is_available() else CPU_BACKENDS
 
 
 def scrambled_tables(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modelzoo import BACKENDS, make_batch, relative_error, scrambled_tables
+from modelzoo import BACKENDS, CPU_BACKENDS, make_batch, relative_error, scrambled_tables
 from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
@@ -134,11 +134,11 @@ def test_random_mixes(lens: list[tuple[int, int]], block_size: int, seed: int) -
     query_lens = [query_len for query_len, _ in lens]
     context_lens = [query_len + before for query_len, before in lens]
     case = _case(query_lens, context_lens, (4, 2), block_size=block_size, seed=seed)
-    for backend in ("reference", "sdpa"):
+    for backend in CPU_BACKENDS:
         assert _error(case, backend, "cpu") < 3e-6
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_decode_without_host_lengths(backend: str) -> None:
     """What a captured step passes: only tensors, and padding sequences of no context."""
     q, pages, batch, expected = _case([1, 1, 1], [33, 5, 20])
@@ -149,7 +149,7 @@ def test_decode_without_host_lengths(backend: str) -> None:
     assert relative_error(out, expected) < 3e-6
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_changed_block_changes_only_its_readers(backend: str) -> None:
     q, pages, batch, _ = _case([1, 4, 1], [40, 20, 17])
     k_cache, v_cache = pages[:, LAYER, 0], pages[:, LAYER, 1]
@@ -161,7 +161,7 @@ def test_a_changed_block_changes_only_its_readers(backend: str) -> None:
 
 
 def test_backend_names() -> None:
-    assert default_backend("cpu") == "sdpa"
+    assert default_backend("cpu") == ("compiled" if "compiled" in CPU_BACKENDS else "sdpa")
     assert default_backend("cuda") == "triton"
     q, pages, batch, _ = _case([1], [4])
     with pytest.raises(ValueError, match="unknown attention backend 'flash'"):

@@ -175,5 +175,7 @@ def test_rotating_and_writing_together_is_one_after_the_other(device: str) -> No
     rotated_q, rotated_k = apply_rope(q, k, table, positions)
     write_kv(pages[0], pages[1], rotated_k, v, slots)
     out = rope_and_write_kv(q, k, v, together[0], together[1], table, positions, slots)
-    assert torch.equal(out, rotated_q)
-    assert torch.equal(together, pages)
+    # The CPU's own kernel rounds once where torch rounds twice.
+    assert relative_error(out, rotated_q) < 1e-6
+    assert relative_error(together, pages) < 1e-6
+    assert torch.equal(together[1], pages[1]), "values go as they are"

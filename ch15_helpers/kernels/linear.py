@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ch15_helpers.kernels.dispatch import triton_installed
 from ch15_helpers.kernels.hopper_gemm import hopper_linear
-from ch15_helpers.kernels.linear_cpu import linear_cpu
+from ch15_helpers.kernels.linear_cpu import can_gate, compiled_linear, linear_cpu
 from ch15_helpers.kernels.swiglu import swiglu
 
 
@@ -43,6 +43,8 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
         from ch15_helpers.kernels.gemv_triton import gemv_triton
 
         return gemv_triton(x, weight, gated=True)
+    if can_gate(weight):
+        return compiled_linear(x, weight, gated=True)
     product = hopper_linear(x, weight, gated=True) if x.is_cuda else None
     return swiglu(linear(x, weight)) if product is None else product
 
