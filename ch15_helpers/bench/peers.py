@@ -4,10 +4,10 @@ Run it with ``python -m ch15_helpers.bench.peers``. transformers (and accelerate
 to read a GGUF file) come with the ``test`` extra; the book itself does not need them. Prompts in a
 batch have equal lengths, so that transformers needs no padding, its best case.
 
-Both sides run in each dtype, ours in each layout that its weights may have, all in the same
-rounds. A row compares like with like: float32 with float32, bfloat16 with bfloat16. The last row
-of a workload holds our fastest float32 layout, whose tokens are exact, against whatever dtype is
-transformers' fastest.
+Both sides run in each dtype, ours with the weights as they were loaded (``rows``, where it is
+float32) and in the layout that ``load_model`` chooses, all in the same rounds. A row compares like
+with like: float32 with float32, bfloat16 with bfloat16. The last row of a workload holds our
+fastest float32 layout, whose tokens are exact, against whatever dtype is transformers' fastest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import typer
 
 from ch15_helpers.bench.timing import PairTiming, Samples, interleave, pair_from_samples
 from ch15_helpers.errors import Ch15Error
-from ch15_helpers.kernels.linear_cpu import layouts_of
+from ch15_helpers.model.cpu_weights import choose_layout
 from ch15_helpers.model.loading import find_smollm2, load_model, resolve_device
 from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.engine import Engine
@@ -130,13 +130,13 @@ def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
 
 
 def our_sides(device: str, dtypes: Sequence[str], max_num_seqs: int) -> tuple[list[Side], Any]:
-    """An engine for each dtype and layout, and the tokenizer."""
+    """An engine for each dtype and layout that is compared, and the tokenizer."""
     on_cpu = resolve_device(device).type == "cpu"
     sides, tokenizer = [], None
     for dtype in dtypes:
-        layouts = layouts_of(getattr(torch, dtype)) if on_cpu else ("rows",)
+        chosen = choose_layout(getattr(torch, dtype)) if on_cpu else "rows"
         # In bfloat16 the layouts multiply to the same bits, and one is faster everywhere.
-        for layout in layouts if dtype == EXACT else layouts[-1:]:
+        for layout in dict.fromkeys(("rows", chosen) if dtype == EXACT else (chosen,)):
             model = load_model("smollm2", device, dtype, cpu_layout=layout)
             tokenizer = model.tokenizer
             engine = Engine(model, EngineConfig(max_num_seqs=max_num_seqs))

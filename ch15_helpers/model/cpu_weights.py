@@ -17,8 +17,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ch15_helpers.errors import ModelLoadError
+from ch15_helpers.kernels.cpu_memory import empty_in_huge_pages
 from ch15_helpers.kernels.linear_cpu import (
     LAYOUTS,
     layouts_of,
@@ -26,7 +28,8 @@ from ch15_helpers.kernels.linear_cpu import (
     onednn_has_bfloat16,
     pack_weight,
 )
-from ch15_helpers.model.transformer import DenseMLP, Transformer
+from ch15_helpers.model.dense_mlp import DenseMLP
+from ch15_helpers.model.transformer import Transformer
 
 FASTEST = "fastest"
 # Tokens in a step: a lone request, a few, a batch.
@@ -115,11 +118,34 @@ def pack_weights(model: Transformer, layout: str) -> None:
     """
     if layout == "rows":
         return
+    place = _Places(model) if layout == "compiled" else _as_it_is
     for layer in model.layers:
-        layer.qkv_proj = pack_weight(layer.qkv_proj, layout)
-        layer.o_proj = pack_weight(layer.o_proj, layout)
+        layer.qkv_proj = place(pack_weight(layer.qkv_proj, layout))
+        layer.o_proj = place(pack_weight(layer.o_proj, layout))
         if isinstance(layer.mlp, DenseMLP):
-            layer.mlp.gate_up_proj = pack_weight(layer.mlp.gate_up_proj, layout)
-            layer.mlp.down_proj = pack_weight(layer.mlp.down_proj, layout)
-    model.lm_head = pack_weight(model.lm_head, layout)
+            layer.mlp.gate_up_proj = place(pack_weight(layer.mlp.gate_up_proj, layout))
+            layer.mlp.down_proj = place(pack_weight(layer.mlp.down_proj, layout))
+    model.lm_head = place(pack_weight(model.lm_head, layout))
     model.weight_layout = layout
+
+
+def _as_it_is(packed: Tensor) -> Tensor:
+    return packed
+
+
+class _Places:
+    """Puts packed weights side by side into one run of huge pages, in the order of their use."""
+
+    def __init__(self, model: Transformer) -> None:
+        weights = [model.lm_head]
+        for layer in model.layers:
+            weights += [layer.qkv_proj, layer.o_proj]
+            if isinstance(layer.mlp, DenseMLP):
+                weights += [layer.mlp.gate_up_proj, layer.mlp.down_proj]
+        self._free = empty_in_huge_pages(sum(w.numel() for w in weights), model.lm_head.dtype)
+
+    def __call__(self, packed: Tensor) -> Tensor:
+        if packed.dim() != 4:
+            return packed
+        place, self._free = self._free.tensor_split([packed.numel()])
+        return place.view(packed.shape).copy_(packed)

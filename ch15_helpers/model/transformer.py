@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from ch15_helpers.kernels.batch import BatchMetadata
-from ch15_helpers.kernels.linear import gated_linear, linear
-from ch15_helpers.kernels.linear_cpu import unpack_weight
+from ch15_helpers.kernels.cpu_layer import can_fuse, feed_forward, norm_linear
+from ch15_helpers.kernels.linear import linear
+from ch15_helpers.kernels.linear_cpu import can_gate, unpack_weight
 from ch15_helpers.kernels.rms_norm import rms_norm
 from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache, rope_rows
 from ch15_helpers.model.config import ModelConfig
+from ch15_helpers.model.dense_mlp import DenseMLP
 from ch15_helpers.model.moe import MoEBlock
 from ch15_helpers.model.paged_attend import PagedAttend
 
@@ -28,35 +30,6 @@ if TYPE_CHECKING:
 
 # Given q [N, heads, head_dim] and k, v [N, kv_heads, head_dim], returns [N, heads, head_dim].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class DenseMLP:
-    """Feed-forward block: ``down(silu(gate(x)) * up(x))``, with gate and up in one weight.
-
-    Attributes:
-        gate_up_proj: [2 * intermediate, hidden], gate rows first.
-        down_proj: [hidden, intermediate].
-        can_capture: nothing in it waits for the host, so that a CUDA graph may hold it.
-    """
-
-    can_capture = True
-
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        new = partial(torch.empty, device=device, dtype=dtype)
-        inner, hidden = config.intermediate_size, config.hidden_size
-        self.gate_up_proj = new(2 * inner, hidden)
-        self.down_proj = new(hidden, inner)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[N, hidden] to [N, hidden]."""
-        return linear(gated_linear(x, self.gate_up_proj), self.down_proj)
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint names below ``model.layers.i.`` and the views that hold them."""
-        gate, up = unpack_weight(self.gate_up_proj).chunk(2)
-        yield "mlp.gate_proj.weight", gate
-        yield "mlp.up_proj.weight", up
-        yield "mlp.down_proj.weight", unpack_weight(self.down_proj)
 
 
 class DecoderLayer:
@@ -119,15 +92,24 @@ class DecoderLayer:
         eps = self.config.rms_norm_eps
         if residual is None:
             residual, x = hidden, rms_norm(hidden, self.input_norm, eps)
+            q, k, v = self._project(x)
+        elif can_fuse(self.input_norm, self.qkv_proj) and self.qkv_bias is None:
+            qkv, residual = norm_linear(hidden, residual, self.input_norm, eps, self.qkv_proj)
+            q, k, v = self._split(qkv)
         else:
             x, residual = rms_norm(hidden, self.input_norm, eps, residual)
-        q, k, v = self._project(x)
+            q, k, v = self._project(x)
         if isinstance(attend, PagedAttend):
             mixed = attend.rotated(q, k, v, cos_sin_cache, positions, rows).flatten(1)
         else:
             mixed = attend(*apply_rope(q, k, cos_sin_cache, positions, rows), v).flatten(1)
         if wanted is not None:
             mixed, residual = mixed.index_select(0, wanted), residual.index_select(0, wanted)
+        norm, mlp = self.post_attention_norm, self.mlp
+        if isinstance(mlp, DenseMLP) and self.o_bias is None:
+            weights = self.o_proj, mlp.gate_up_proj, mlp.down_proj
+            if can_fuse(norm, *weights) and can_gate(mlp.gate_up_proj):
+                return feed_forward(mixed, residual, weights[0], norm, eps, *weights[1:])
         x, residual = rms_norm(
             linear(mixed, self.o_proj, self.o_bias), self.post_attention_norm, eps, residual
         )
@@ -145,8 +127,11 @@ class DecoderLayer:
         return *apply_rope(q, k, cos_sin_cache, positions, rows), v
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._split(linear(x, self.qkv_proj, self.qkv_bias))
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv = linear(x, self.qkv_proj, self.qkv_bias).view(len(x), -1, self.config.head_dim)
+        qkv = qkv.view(len(qkv), -1, self.config.head_dim)
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, self.config.rms_norm_eps)
@@ -277,7 +262,7 @@ class Transformer:
         kv_scales: Tensor | None = None,
     ) -> Attend:
         """The attention of one layer over its pages: what :class:`DecoderLayer` calls."""
-        k_cache, v_cache = pages[:, layer_index].unbind(1)
+        k_cache, v_cache = pages.select(1, layer_index).unbind(1)
         scales = kv_scales[:, layer_index].unbind(1) if kv_scales is not None else None
         pair = None if scales is None else (scales[0], scales[1])
         return PagedAttend(k_cache, v_cache, batch, self.scale, backend, pair)
