@@ -13,12 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from ch15_helpers.bench import engine, kernels, moe, production, production_peers, records
-from ch15_helpers.bench.production import OURS, compare, table
+from ch15_helpers.bench import (
+    engine,
+    kernels,
+    moe,
+    production,
+    production_peers,
+    products,
+    records,
+)
+from ch15_helpers.bench.production import LIBRARY, OURS, compare, table
 from ch15_helpers.bench.records import Row, fastest_peer, load, parse
 from ch15_helpers.errors import Ch15Error, HardwareError
 from ch15_helpers.hardware import Ceilings, HardwareProfile
-from ch15_helpers.model.config import TINY_MOE
+from ch15_helpers.model.config import LLAMA3_8B, TINY_MOE
 
 
 def profile() -> HardwareProfile:
@@ -45,6 +53,18 @@ def test_ratios_are_speeds_whichever_way_the_unit_points() -> None:
     assert "| one | ms/token | 4 | 3.5 | 88% | fast | 5 | 1.25× |" in table([one])
 
 
+def test_a_layers_products_stand_beside_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(production, "PRODUCTS_MODEL", "TINY")
+    monkeypatch.setattr(production, "PRODUCTS_TOKENS", 16)
+    rows = production.product_rows(profile())
+    found = compare(rows, [], "products under load")
+    assert [c.ours.work for c in found] == [
+        records.product_work(name) for name in products.layer_products(LLAMA3_8B)
+    ]
+    assert all([peer.system for peer in c.peers] == [LIBRARY] and c.ours.limit for c in found)
+    assert compare(rows, [], "engine") == []
+
+
 @pytest.mark.parametrize("name", ["peers_h200", "ours_h200"])
 def test_every_recorded_work_is_one_that_we_measure(name: str) -> None:
     record = load(name)
@@ -52,7 +72,8 @@ def test_every_recorded_work_is_one_that_we_measure(name: str) -> None:
     works = {records.attention_work(shape) for shape in records.ATTENTION}
     works |= {records.expert_work(*block) for block in records.EXPERTS}
     works |= set(records.ENGINE)
-    assert {row.work for row in record.rows} == works
+    loaded = {records.product_work(part) for part in products.layer_products(LLAMA3_8B)}
+    assert {row.work for row in record.rows} == works | (loaded if name == "ours_h200" else set())
     assert all(row.value > 0 for row in record.rows)
     again = parse(json.dumps(record.to_json()), name)
     assert again == record

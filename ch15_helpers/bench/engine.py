@@ -126,7 +126,7 @@ def gpu_suites() -> list[Suite]:
     dice = random.Random(271)  # 72.7 thousand tokens, as the peers had
     uniform = tuple(dice.randint(64, 1024) for _ in range(128))
     mixed = tuple(16 * (1 + n % 16) for n in range(64))
-    large = {"max_num_seqs": 128, "max_num_batched_tokens": 8192}
+    large = {"max_num_seqs": 128}
     return [
         Suite("random:LLAMA3_8B", large, (
             Load("128 requests", uniform, (128,) * 128),

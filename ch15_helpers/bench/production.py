@@ -16,24 +16,29 @@ from typing import Annotated
 import torch
 import typer
 
-from ch15_helpers.bench import engine, kernels, moe
+from ch15_helpers.bench import engine, kernels, moe, products
 from ch15_helpers.bench.expectations import write_json_atomically
 from ch15_helpers.bench.records import (
     ATTENTION,
     ENGINE,
     EXPERTS,
+    FILLS_CHIP,
     GROUPS,
+    PRODUCTS_MODEL,
+    PRODUCTS_TOKENS,
     Record,
     Row,
     attention_work,
     expert_work,
     load,
+    product_work,
 )
 from ch15_helpers.bench.runs import commit_id
 from ch15_helpers.errors import HardwareError
 from ch15_helpers.hardware import HardwareProfile
+from ch15_helpers.model.config import PRESETS
 
-OURS = "this book"
+OURS, LIBRARY = "this book", "cuBLAS"
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,15 @@ class Comparison:
 
 
 def compare(ours: Sequence[Row], peers: Sequence[Row], group: str) -> list[Comparison]:
-    """The works of a group that both sides did, in our order."""
+    """The works of a group that both sides did, in our order.
+
+    A library's rows in our record count among the peers'.
+    """
     found = []
+    everybody = [*peers, *(row for row in ours if row.system == LIBRARY)]
     for row in ours:
-        rivals = [p for p in peers if (p.group, p.work, p.unit) == (group, row.work, row.unit)]
-        if row.group == group and rivals:
+        rivals = [p for p in everybody if (p.group, p.work, p.unit) == (group, row.work, row.unit)]
+        if row.group == group and row.system != LIBRARY and rivals:
             rivals.sort(key=lambda rival: -rival.speed_over(row))
             found.append(Comparison(row, tuple(rivals)))
     return found
@@ -91,7 +100,21 @@ def measure_ours(profile: HardwareProfile) -> list[Row]:
         m = moe.measure_row(model, tokens, profile, dtype)
         work = expert_work(model, tokens)
         rows.append(Row("experts", work, "µs", OURS, m.eager_s * 1e6, m.limit_s * 1e6))
-    return rows + engine_rows(profile)
+        if tokens >= FILLS_CHIP and m.sustained_s and m.sustained_limit_s:
+            loaded_us, limit_us = m.sustained_s * 1e6, m.sustained_limit_s * 1e6
+            rows.append(Row("experts under load", work, "µs", OURS, loaded_us, limit_us))
+    return rows + product_rows(profile) + engine_rows(profile)
+
+
+def product_rows(profile: HardwareProfile) -> list[Row]:
+    """A dense layer's products in turn: ours, the library's and the limit of a chip under load."""
+    rows, config = [], PRESETS[PRODUCTS_MODEL]
+    for name in products.layer_products(config):
+        p = products.measure_product(name, config, PRODUCTS_TOKENS, profile)
+        for system, seconds in ((OURS, p.ours_s), (LIBRARY, p.library_s)):
+            work, limit_us = product_work(name), p.limit_s * 1e6
+            rows.append(Row("products under load", work, "µs", system, seconds * 1e6, limit_us))
+    return rows
 
 
 def peer_loads() -> tuple[engine.Suite, tuple[engine.Load, ...]]:
@@ -125,7 +148,7 @@ def main(
     rows = measure_ours(profile)
     write_json_atomically(out / f"ours_{profile.key}.json", record_of(profile, rows).to_json())
     peers = load(f"peers_{profile.key}")
-    for group in GROUPS if peers else ():
+    for group in GROUPS:
         print(table(compare(rows, peers.rows if peers else (), group)))
 
 

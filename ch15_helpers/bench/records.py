@@ -14,11 +14,14 @@ from typing import Any
 from ch15_helpers.errors import Ch15Error
 
 SCHEMA_VERSION = 1
-GROUPS = ("attention", "experts", "engine")
+GROUPS = ("attention", "experts", "engine", "experts under load", "products under load")
 ATTENTION = ("64 x 4096", "128 x 1024")
 ENGINE = ("128 requests", "1 request", "4 prompts of 8000")
 EXPERTS = tuple((m, n) for m in ("QWEN3_30B_A3B", "MIXTRAL_8X7B") for n in (1, 64, 1024, 16384))
-MODEL_NAMES = {"QWEN3_30B_A3B": "Qwen3-30B-A3B", "MIXTRAL_8X7B": "Mixtral-8x7B"}
+FILLS_CHIP = 1024  # tokens from which a block's arithmetic keeps the chip at its power limit
+PRODUCTS_MODEL, PRODUCTS_TOKENS = "LLAMA3_8B", 8448
+MODEL_NAMES = {"QWEN3_30B_A3B": "Qwen3-30B-A3B", "MIXTRAL_8X7B": "Mixtral-8x7B",
+               "LLAMA3_8B": "Llama-3-8B"}  # fmt: skip
 HIGHER_IS_BETTER = ("TB/s", "TFLOP/s", "tok/s")
 
 
@@ -108,6 +111,11 @@ def attention_work(shape: str) -> str:
 def expert_work(model: str, tokens: int) -> str:
     """The name of a block's work in the records."""
     return f"{MODEL_NAMES.get(model, model)}, {tokens} token{'' if tokens == 1 else 's'}"
+
+
+def product_work(name: str) -> str:
+    """The name of a dense layer's product in the records."""
+    return f"{MODEL_NAMES[PRODUCTS_MODEL]} {name}, {PRODUCTS_TOKENS} tokens"
 
 
 def fastest_peer(group: str, work: str, key: str) -> float | None:
