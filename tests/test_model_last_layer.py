@@ -9,6 +9,7 @@ import torch
 
 from ch15_helpers import Engine, EngineConfig, SamplingParams
 from ch15_helpers.kernels.batch import BatchMetadata
+from ch15_helpers.kernels.linear_cpu import unpack_weight
 
 if TYPE_CHECKING:
     from ch15_helpers.model.transformer import Transformer
@@ -70,7 +71,7 @@ def test_logits_are_those_of_all_rows(name: str, request: pytest.FixtureRequest)
 def test_narrow_logits_are_the_wide_ones_before_they_were_widened(tiny: Transformer) -> None:
     hidden = torch.randn(3, tiny.config.hidden_size, device=tiny.device)
     model = type(tiny)(tiny.config, tiny.device, torch.bfloat16)
-    model.lm_head.copy_(tiny.lm_head)
+    model.lm_head.copy_(unpack_weight(tiny.lm_head))
     narrow = model.compute_logits(hidden.bfloat16(), wide=False)
     wide = model.compute_logits(hidden.bfloat16())
     assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)

@@ -1,5 +1,6 @@
-// The two halves of a decoder layer around its attention, each in one call from Python: at one
-// token, eight calls in each of thirty layers take a fifth of the step, on top of the arithmetic.
+// A decoder layer in one call from Python: at one token, eight calls in each of thirty layers take
+// a fifth of the step, on top of the arithmetic.
+#include <cstdint>
 #include <vector>
 
 extern "C" {
@@ -10,27 +11,58 @@ void ch15_gated_linear(const float* x, long rows, long depth, const float* weigh
                        float* out, int threads);
 void ch15_rms_norm(const float* x, const float* residual, const float* weight, float* out,
                    float* total, long rows, long size, float eps, int threads);
+void ch15_rope_write(const float* q, const float* k, const float* v, const float* cos_full,
+                     const float* sin_signed, const int64_t* slots, float* q_out, float* k_cache,
+                     float* v_cache, long tokens, long heads, long kv_heads, long dim,
+                     long token_stride, long page, long block_stride, long slot_stride,
+                     long head_stride, int threads);
+void ch15_attention_float32(const float* q, const float* k, const float* v, float* out,
+                            const int32_t* tables, const int32_t* starts, const int32_t* lens,
+                            long seqs, long table_stride, long heads, long kv_heads, long dim,
+                            long page, long q_stride, long block_stride, long slot_stride,
+                            long head_stride, float scale, int threads);
 long ch15_width();
 
-// total = x + residual, out = norm(total) times the weight of `panels`.
-void ch15_norm_linear(const float* x, const float* residual, const float* norm, float eps,
-                      const float* weight, float* total, float* out, long rows, long hidden,
-                      long panels, int threads) {
-    std::vector<float> normal(rows * hidden);
-    ch15_rms_norm(x, residual, norm, normal.data(), total, rows, hidden, eps, threads);
-    ch15_linear(normal.data(), rows, hidden, weight, panels, out, threads);
-}
+// Norms, and weights in panels. cpu_layer.py has the same fields in the same order.
+struct Layer {
+    const float *input_norm, *qkv_proj, *o_proj, *post_norm, *gate_up_proj, *down_proj;
+};
 
-// total = mixed * o_proj + residual, out = feed-forward block of norm(total).
-void ch15_feed_forward(const float* mixed, const float* residual, const float* o_proj,
-                       const float* norm, float eps, const float* gate_up, const float* down,
-                       float* total, float* out, long rows, long depth, long hidden, long inner,
-                       int threads) {
-    const long width = ch15_width();
-    std::vector<float> x(rows * hidden), gated(rows * inner);
-    ch15_linear(mixed, rows, depth, o_proj, hidden / width, x.data(), threads);
-    ch15_rms_norm(x.data(), residual, norm, x.data(), total, rows, hidden, eps, threads);
-    ch15_gated_linear(x.data(), rows, hidden, gate_up, inner / width, gated.data(), threads);
-    ch15_linear(gated.data(), rows, inner, down, hidden / width, out, threads);
+// What is the same in every layer of a step.
+struct Step {
+    const float *cos_full, *sin_signed;
+    const int64_t* slots;
+    const int32_t *tables, *starts, *lens;
+    int64_t rows, hidden, inner, heads, kv_heads, dim, seqs, table_stride, page, block_stride,
+        slot_stride, head_stride, threads;
+    float eps, scale;
+};
+
+// hidden and residual [rows][hidden], in and out; writes K and V into the layer's pages.
+void ch15_layer(const Layer* layer, const Step* step, float* k, float* v, float* hidden,
+                float* residual) {
+    const Step& s = *step;
+    const int threads = int(s.threads);
+    const long width = ch15_width(), q_size = s.heads * s.dim;
+    const long kv_size = s.kv_heads * s.dim, qkv_size = q_size + 2 * kv_size;
+    std::vector<float> x(s.rows * s.hidden), qkv(s.rows * qkv_size), q(s.rows * q_size),
+        mixed(s.rows * q_size), gated(s.rows * s.inner);
+
+    ch15_rms_norm(hidden, residual, layer->input_norm, x.data(), residual, s.rows, s.hidden, s.eps,
+                  threads);
+    ch15_linear(x.data(), s.rows, s.hidden, layer->qkv_proj, qkv_size / width, qkv.data(), threads);
+    ch15_rope_write(qkv.data(), qkv.data() + q_size, qkv.data() + q_size + kv_size, s.cos_full,
+                    s.sin_signed, s.slots, q.data(), k, v, s.rows, s.heads, s.kv_heads, s.dim,
+                    qkv_size, s.page, s.block_stride, s.slot_stride, s.head_stride, threads);
+    ch15_attention_float32(q.data(), k, v, mixed.data(), s.tables, s.starts, s.lens, s.seqs,
+                           s.table_stride, s.heads, s.kv_heads, s.dim, s.page, q_size,
+                           s.block_stride, s.slot_stride, s.head_stride, s.scale, threads);
+
+    ch15_linear(mixed.data(), s.rows, q_size, layer->o_proj, s.hidden / width, x.data(), threads);
+    ch15_rms_norm(x.data(), residual, layer->post_norm, x.data(), residual, s.rows, s.hidden,
+                  s.eps, threads);
+    ch15_gated_linear(x.data(), s.rows, s.hidden, layer->gate_up_proj, s.inner / width,
+                      gated.data(), threads);
+    ch15_linear(gated.data(), s.rows, s.inner, layer->down_proj, s.hidden / width, hidden, threads);
 }
 }

@@ -1,94 +1,146 @@
-"""The two halves of a decoder layer around its attention, each as one call of ``cpu_layer.cpp``.
+"""A decoder layer of a paged step as one call of ``cpu_layer.cpp``.
 
-They compute what :func:`.rms_norm`, :func:`.linear` and :func:`.gated_linear` compute, bit for bit,
-for weights of the ``compiled`` layout. What they save is Python: at one token and 30 layers, those
-calls one by one take about 3 ms of a step of 24.
+It computes what :func:`.rms_norm`, :func:`.linear`, :func:`.rope_and_write_kv`,
+:func:`.paged_attention` and :func:`.gated_linear` compute one after the other, bit for bit, for
+weights of the ``compiled`` layout. What it saves is Python: at one token and 30 layers, those calls
+take 5 ms of a step of 24.
 """
 
 from __future__ import annotations
 
+import ctypes
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.kernels.cpu_library import cpu_library, threads_for
+from ch15_helpers.kernels.paged_attention_compiled import (
+    checked_tables,
+    compiled_unsupported_reason,
+)
 
 
-def can_fuse(norm: Tensor, *weights: Tensor) -> bool:
-    """Whether the calls below take a layer's norm and weights: ``compiled``, norms of 16s."""
-    return len(norm) % 16 == 0 and all(w.dim() == 4 and w.dtype == norm.dtype for w in weights)
+class LayerWeights(NamedTuple):
+    """A layer's norms [hidden] and its weights, as :func:`.pack_weight` left them."""
+
+    input_norm: Tensor
+    qkv_proj: Tensor
+    o_proj: Tensor
+    post_norm: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+    @property
+    def compiled(self) -> bool:
+        """Whether all are what the kernel takes: float32, packed, norms of 16s."""
+        packed = all(w.dim() == 4 for w in (*self[1:3], *self[4:]))
+        norm = self.input_norm
+        return packed and norm.dtype == torch.float32 and len(norm) % 16 == 0
 
 
-def norm_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The norm of ``x + residual`` times a weight, and the sum.
+class _Step(ctypes.Structure):
+    """``Step`` of ``cpu_layer.cpp``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "tables", "starts", "lens")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "rows", "hidden", "inner", "heads", "kv_heads", "dim", "seqs", "table_stride",
+                "page", "block_stride", "slot_stride", "head_stride", "threads",
+            )
+        ),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class CompiledStep:
+    """What one step's layers share, checked once; then each is :meth:`run_layer`.
 
     Args:
-        x, residual: float32 [N, hidden].
-        norm: [hidden].
-        eps: of the norm.
-        weight: ``compiled``, [out_features / width, hidden, width, 1].
+        pages: float32 [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
+        batch: the step's.
+        rows: :func:`.rope_rows` of the step.
+        heads: query heads.
+        eps, scale: of the norms, on the scores.
 
-    Returns:
-        [N, out_features] and [N, hidden].
+    Raises:
+        IndexError: a table, a length or a slot points outside the pages.
     """
-    rows, hidden = _checked(x, residual, norm, weight)
-    library = cpu_library()
-    assert library is not None
-    out = torch.empty(rows, weight.shape[0] * weight.shape[2])
-    total = torch.empty(rows, hidden)
-    library.ch15_norm_linear(
-        x.data_ptr(), residual.data_ptr(), norm.data_ptr(), eps, weight.data_ptr(),
-        total.data_ptr(), out.data_ptr(), rows, hidden, weight.shape[0],
-        threads_for(rows * weight.numel()),
-    )  # fmt: skip
-    return out, total
 
+    def __init__(
+        self,
+        pages: Tensor,
+        batch: BatchMetadata,
+        rows: tuple[Tensor, Tensor],
+        heads: int,
+        eps: float,
+        scale: float,
+    ) -> None:
+        slots = batch.slot_mapping.contiguous()
+        num_blocks, _, _, page, kv_heads, dim = pages.shape
+        if len(slots) and int(slots.max()) >= num_blocks * page:
+            raise IndexError(f"a slot lies outside {num_blocks} blocks of {page} tokens")
+        tables = checked_tables(batch, len(slots), num_blocks, page)
+        cos, sin = (row.contiguous() for row in rows)
+        self._pages, self._kept = pages, (slots, *tables, cos, sin)
+        self._itemsize = pages.element_size()
+        self._step = _Step(
+            *(t.data_ptr() for t in (cos, sin, slots, *tables)), len(slots), 0, 0, heads, kv_heads,
+            dim, len(tables[2]), tables[0].shape[1], page, pages.stride(0), *pages.stride()[3:5],
+            1, eps, scale,
+        )  # fmt: skip
 
-def feed_forward(
-    mixed: Tensor,
-    residual: Tensor,
-    o_proj: Tensor,
-    norm: Tensor,
-    eps: float,
-    gate_up: Tensor,
-    down: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """What follows attention: its output projection, the norm and the feed-forward block.
+    def run_layer(
+        self, index: int, layer: LayerWeights, hidden: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one layer: K and V go into its pages, ``hidden`` and ``residual`` change in place.
 
-    Args:
-        mixed: float32 [N, heads * head_dim], what attention returned.
-        residual: [N, hidden].
-        o_proj, gate_up, down: ``compiled`` weights, gates of ``gate_up`` first.
-        norm: [hidden], of the sum of projection and residual.
-        eps: of the norm.
-
-    Returns:
-        The block's output and that sum, both [N, hidden].
-    """
-    rows, hidden = _checked(residual, residual, norm, gate_up)
-    inner = down.shape[1]
-    if mixed.shape != (rows, o_proj.shape[1]) or not mixed.is_contiguous():
-        raise ValueError(f"attention gave {tuple(mixed.shape)}, not {(rows, o_proj.shape[1])}")
-    library = cpu_library()
-    assert library is not None
-    out, total = torch.empty(rows, hidden), torch.empty(rows, hidden)
-    library.ch15_feed_forward(
-        mixed.data_ptr(), residual.data_ptr(), o_proj.data_ptr(), norm.data_ptr(), eps,
-        gate_up.data_ptr(), down.data_ptr(), total.data_ptr(), out.data_ptr(), rows,
-        mixed.shape[1], hidden, inner, threads_for(rows * gate_up.numel()),
-    )  # fmt: skip
-    return out, total
-
-
-def _checked(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Rows and row length; the library would read whatever it is pointed at."""
-    rows, hidden = x.shape
-    fits = residual.shape == x.shape and len(norm) == hidden == weight.shape[1]
-    ready = x.is_contiguous() and residual.is_contiguous() and x.dtype == norm.dtype
-    if not (fits and ready and x.dtype == residual.dtype == torch.float32):
-        raise ValueError(
-            f"rows {tuple(x.shape)} and {tuple(residual.shape)} of {x.dtype} do not fit a norm "
-            f"of {len(norm)} and a weight of {weight.shape[1]} features, contiguous and float32"
+        Args:
+            index: of the layer.
+            layer: its norms and weights.
+            hidden, residual: float32 [N, hidden], contiguous; see :class:`.DecoderLayer`.
+        """
+        step, width = self._step, layer.qkv_proj.shape[2]
+        step.hidden, step.inner = hidden.shape[1], layer.down_proj.shape[1]
+        step.threads = threads_for(layer.gate_up_proj.numel() * step.rows)
+        shapes = (
+            hidden.shape == residual.shape == (step.rows, layer.qkv_proj.shape[1]),
+            layer.qkv_proj.shape[0] * width == (step.heads + 2 * step.kv_heads) * step.dim,
+            layer.o_proj.shape[:2] == (step.hidden // width, step.heads * step.dim),
+            layer.gate_up_proj.shape[:2] == (2 * step.inner // width, step.hidden),
+            step.inner % width == 0,
         )
-    return rows, hidden
+        if not all(shapes) or not (hidden.is_contiguous() and residual.is_contiguous()):
+            raise ValueError(f"layer {index} does not fit states of {tuple(hidden.shape)}")
+        pages = self._pages
+        keys = pages.data_ptr() + index * pages.stride(1) * self._itemsize
+        library, weights = cpu_library(), (ctypes.c_void_p * 6)(*(w.data_ptr() for w in layer))
+        assert library is not None
+        library.ch15_layer(
+            ctypes.byref(weights), ctypes.byref(step), keys,
+            keys + pages.stride(2) * self._itemsize, hidden.data_ptr(), residual.data_ptr(),
+        )  # fmt: skip
+        return hidden, residual
+
+
+def compiled_step(
+    pages: Tensor,
+    batch: BatchMetadata,
+    backend: str,
+    heads: int,
+    eps: float,
+    scale: float,
+    rows: tuple[Tensor, Tensor],
+) -> CompiledStep | None:
+    """A :class:`CompiledStep`, or None where the kernel does not take the pages or the backend."""
+    if backend not in ("auto", "compiled") or pages.dtype != torch.float32 or pages.shape[5] % 2:
+        return None
+    q = rows[0].new_empty(0, heads, pages.shape[5])
+    k_cache, v_cache = pages.select(1, 0).unbind(1)
+    if compiled_unsupported_reason(q, k_cache, v_cache) is not None:
+        return None
+    return CompiledStep(pages, batch, rows, heads, eps, scale)

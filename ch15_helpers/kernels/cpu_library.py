@@ -51,8 +51,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "ch15_gated_linear": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
     "ch15_attention_float32": _ATTENTION,
     "ch15_attention_bfloat16": _ATTENTION,
-    "ch15_norm_linear": [_POINTER] * 3 + [_FLOAT] + [_POINTER] * 3 + [_LONG] * 3 + [_INT],
-    "ch15_feed_forward": [_POINTER] * 4 + [_FLOAT] + [_POINTER] * 4 + [_LONG] * 4 + [_INT],
+    "ch15_layer": [_POINTER] * 6,
     "ch15_rms_norm": [_POINTER] * 5 + [_LONG, _LONG, _FLOAT, _INT],
     "ch15_rope_write": [_POINTER] * 9 + [_LONG] * 9 + [_INT],
 }

@@ -17,7 +17,8 @@ constexpr long STREAM = 8192;
 template <long N>
 using Bytes = std::integral_constant<long, N>;
 
-// Up to R rows with one panel, the part'th of `parts` tiles that go through it.
+// Up to R rows with one panel, the part'th of `parts` tiles that go through it. The first two fetch
+// half of the next panel each; a lone one fetches what it will itself come to.
 template <long R, typename T>
 void tokens(long rows, long parts, const float* x, long depth, const T* panel, float* out,
             long stride, long part) {
@@ -25,13 +26,12 @@ void tokens(long rows, long parts, const float* x, long depth, const T* panel, f
         if (rows < R) return tokens<R - 1>(rows, parts, x, depth, panel, out, stride, part);
     }
     constexpr long BYTES = WIDTH * sizeof(T);
-    const char* next = (const char*)(panel + WIDTH * depth);
+    const char* next = (const char*)(panel + WIDTH * depth) + part * depth * BYTES / 2;
     const auto multiply = [&](auto ahead, const char* from) {
         tile<R, false, decltype(ahead)::value>(x, depth, panel, WIDTH, depth, out, stride, from);
     };
     if (parts == 1) return multiply(Bytes<BYTES>{}, (const char*)panel + STREAM);
-    if (parts == 2) return multiply(Bytes<BYTES / 2>{}, next + part * depth * BYTES / 2);
-    if (parts <= 4) return multiply(Bytes<BYTES / 4>{}, next + part * depth * BYTES / 4);
+    if (part < 2) return multiply(Bytes<BYTES / 2>{}, next);
     multiply(Bytes<0>{}, next);
 }
 

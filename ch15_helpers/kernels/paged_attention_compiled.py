@@ -81,19 +81,31 @@ def _prepare(
             f"queries {tuple(q.shape)} do not fit keys {tuple(k_cache.shape)} and values "
             f"{tuple(v_cache.shape)}"
         )
-    kept = tuple(
+    kept = checked_tables(batch, len(q), num_blocks, page)
+    function = getattr(cpu_library(), _FUNCTIONS[q.dtype])
+    sizes = (batch.num_seqs, kept[0].shape[1], heads, kv_heads, dim, page)
+    work = len(q) * batch.max_context_len * heads * dim
+    return function, tuple(t.data_ptr() for t in kept), sizes, work, kept
+
+
+def checked_tables(
+    batch: BatchMetadata, num_tokens: int, num_blocks: int, page: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block tables, query starts and context lengths as the kernel reads them: int32, in one run.
+
+    Raises:
+        IndexError: one of them points outside the batch or the cache, where the kernel would read
+            whatever is there.
+    """
+    tables, starts, lens = (
         t.to(torch.int32).contiguous()
         for t in (batch.block_tables, batch.query_starts, batch.context_lens)
     )
-    tables, starts, lens = kept
     context = int(lens.max()) if len(lens) else 0
     if context > tables.shape[1] * page or len(starts) != len(lens) + 1:
         raise IndexError(f"{context} tokens need more than {tables.shape[1]} blocks of {page}")
     if tables.numel() and not 0 <= int(tables.min()) <= int(tables.max()) < num_blocks:
         raise IndexError(f"a block table names a block that is not one of {num_blocks}")
-    if int(starts[-1]) > len(q) or bool((starts.diff() < 0).any()):
-        raise IndexError(f"the sequences' queries are not rows of {len(q)}")
-    function = getattr(cpu_library(), _FUNCTIONS[q.dtype])
-    sizes = (len(lens), tables.shape[1], heads, kv_heads, dim, page)
-    work = len(q) * context * heads * dim
-    return function, tuple(t.data_ptr() for t in kept), sizes, work, kept
+    if int(starts[-1]) > num_tokens or bool((starts.diff() < 0).any()):
+        raise IndexError(f"the sequences' queries are not rows of {num_tokens}")
+    return tables, starts, lens

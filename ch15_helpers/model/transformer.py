@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from ch15_helpers.kernels.batch import BatchMetadata
-from ch15_helpers.kernels.cpu_layer import can_fuse, feed_forward, norm_linear
+from ch15_helpers.kernels.cpu_layer import CompiledStep, LayerWeights, compiled_step
 from ch15_helpers.kernels.linear import linear
-from ch15_helpers.kernels.linear_cpu import can_gate, unpack_weight
+from ch15_helpers.kernels.linear_cpu import unpack_weight
 from ch15_helpers.kernels.rms_norm import rms_norm
 from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache, rope_rows
 from ch15_helpers.model.config import ModelConfig
@@ -92,28 +92,31 @@ class DecoderLayer:
         eps = self.config.rms_norm_eps
         if residual is None:
             residual, x = hidden, rms_norm(hidden, self.input_norm, eps)
-            q, k, v = self._project(x)
-        elif can_fuse(self.input_norm, self.qkv_proj) and self.qkv_bias is None:
-            qkv, residual = norm_linear(hidden, residual, self.input_norm, eps, self.qkv_proj)
-            q, k, v = self._split(qkv)
         else:
             x, residual = rms_norm(hidden, self.input_norm, eps, residual)
-            q, k, v = self._project(x)
+        q, k, v = self._project(x)
         if isinstance(attend, PagedAttend):
             mixed = attend.rotated(q, k, v, cos_sin_cache, positions, rows).flatten(1)
         else:
             mixed = attend(*apply_rope(q, k, cos_sin_cache, positions, rows), v).flatten(1)
         if wanted is not None:
             mixed, residual = mixed.index_select(0, wanted), residual.index_select(0, wanted)
-        norm, mlp = self.post_attention_norm, self.mlp
-        if isinstance(mlp, DenseMLP) and self.o_bias is None:
-            weights = self.o_proj, mlp.gate_up_proj, mlp.down_proj
-            if can_fuse(norm, *weights) and can_gate(mlp.gate_up_proj):
-                return feed_forward(mixed, residual, weights[0], norm, eps, *weights[1:])
         x, residual = rms_norm(
             linear(mixed, self.o_proj, self.o_bias), self.post_attention_norm, eps, residual
         )
         return self.mlp(x), residual
+
+    def compiled_weights(self) -> LayerWeights | None:
+        """What :class:`.CompiledStep` runs this layer with, None where it cannot."""
+        plain = self.qkv_bias is None and self.o_bias is None and self.q_norm is None
+        if not (plain and isinstance(self.mlp, DenseMLP)):
+            return None
+        mlp = self.mlp
+        weights = LayerWeights(
+            self.input_norm, self.qkv_proj, self.o_proj,
+            self.post_attention_norm, mlp.gate_up_proj, mlp.down_proj,
+        )  # fmt: skip
+        return weights if weights.compiled else None
 
     def project_qkv(
         self,
@@ -127,11 +130,8 @@ class DecoderLayer:
         return *apply_rope(q, k, cos_sin_cache, positions, rows), v
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._split(linear(x, self.qkv_proj, self.qkv_bias))
-
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv = qkv.view(len(qkv), -1, self.config.head_dim)
+        qkv = linear(x, self.qkv_proj, self.qkv_bias).view(len(x), -1, self.config.head_dim)
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, self.config.rms_norm_eps)
@@ -251,7 +251,13 @@ class Transformer:
         """Like :meth:`forward`, but returns the final hidden states [N or len(wanted), hidden]."""
         attend_layer = partial(self.paged_attend, pages=pages, batch=batch,
                                backend=attention_backend, kv_scales=kv_scales)  # fmt: skip
-        return self._run_layers(token_ids, positions, attend_layer, on_layer_done, wanted)
+        step = None
+        if kv_scales is None:
+            step = partial(
+                compiled_step, pages, batch, attention_backend, self.config.num_attention_heads,
+                self.config.rms_norm_eps, self.scale,
+            )  # fmt: skip
+        return self._run_layers(token_ids, positions, attend_layer, on_layer_done, wanted, step)
 
     def paged_attend(
         self,
@@ -303,14 +309,20 @@ class Transformer:
         attend_layer: Callable[[int], Attend],
         on_layer_done: Callable[[int], None] | None,
         wanted: Tensor | None = None,
+        make_step: Callable[[tuple[Tensor, Tensor]], CompiledStep | None] | None = None,
     ) -> Tensor:
         hidden, residual = embedding(token_ids, self.embed_tokens), None
         cache = self.cos_sin_cache
         rows = rope_rows(cache, positions) if self.device.type == "cpu" else None
+        step = make_step(rows) if rows is not None and make_step is not None else None
         for index, layer in enumerate(self.layers):
             kept = wanted if layer is self.layers[-1] else None
-            attend = attend_layer(index)
-            hidden, residual = layer(hidden, residual, positions, cache, attend, rows, kept)
+            weights = layer.compiled_weights() if step is not None and kept is None else None
+            if step is not None and weights is not None and residual is not None:
+                hidden, residual = step.run_layer(index, weights, hidden, residual)
+            else:
+                attend = attend_layer(index)
+                hidden, residual = layer(hidden, residual, positions, cache, attend, rows, kept)
             if on_layer_done is not None:
                 on_layer_done(index)
         assert residual is not None
