@@ -11,6 +11,7 @@ from ch15_helpers import Engine, EngineConfig, SamplingParams, load_model
 from ch15_helpers.disagg.link import LinkModel
 from ch15_helpers.disagg.overlap import (
     ModelledOverlap,
+    Pace,
     even_parts,
     modelled_overlap,
     overlap_report,
@@ -230,6 +231,31 @@ def test_parts_cover_all_layers_and_get_smaller(layers: int, size: int) -> None:
     assert sizes[-1] == min(size, layers)
     assert max(sizes) <= max(size, -(-layers // 2))
     assert len(sizes) <= layers.bit_length() + 1
+
+
+@pytest.mark.parametrize(("ratio", "num_parts"), [(1.0, 4), (2.5, 3), (8.0, 2), (40.0, 2)])
+def test_a_faster_link_gets_fewer_parts_that_hide_as_well(ratio: float, num_parts: int) -> None:
+    """On a link of that ratio each part arrives before the next is ready, to within a layer."""
+    ends = part_ends(30, 3, ratio)
+    assert ends[-1] == 30 and ends[-2] == 27 and len(ends) == num_parts
+    for first, last, following in zip([0, *ends], ends, ends[1:], strict=False):
+        assert (last - first) / ratio <= following - last + 1
+
+
+def test_the_ratio_comes_from_what_was_seen() -> None:
+    pace = Pace()
+    assert pace.ratio(256, 10_000) == 1.0, "nothing is known"
+    pace.computed(256, 29, 0.29)  # 10 ms a layer
+    for seconds in (4e-3, 1e-3, 9e-3):  # waiting for the thread included
+        pace.sent(1_000_000, seconds)
+    assert pace.ratio(256, 1_000_000) == pytest.approx(5.0), "10 ms over twice 1 ms"
+    assert pace.ratio(512, 1_000_000) == pytest.approx(10.0)
+    assert pace.ratio(256, 400_000_000) == 1.0, "a slow link: halves"
+    for _ in range(8):
+        pace.sent(1_000_000, 5e-3)
+    assert pace.ratio(256, 1_000_000) == pytest.approx(1.0), "the link has become slower"
+    pace.forget_link()
+    assert pace.ratio(256, 10) == 1.0
 
 
 def test_what_can_hide_is_modelled() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from ch15_helpers.disagg.decode import arriving_request
 from ch15_helpers.disagg.handover import Arrival
 from ch15_helpers.disagg.leases import Lease, LeaseTable
-from ch15_helpers.disagg.pool import BlockRef, Part
+from ch15_helpers.disagg.pool import BlockRef, Part, refs_of
 from ch15_helpers.disagg.rank import RankServer, Stopwatch, heard
 from ch15_helpers.disagg.recompute import recompute_blocks
 from ch15_helpers.disagg.stages import DecodeEngine
@@ -148,6 +148,7 @@ class DecodeServer(RankServer):
             table = self._scheduler.blocks.table(arrival.request.request_id)
             timeout_s = self.spec.handover_timeout_s
             arrival.lease = self._leases.grant(arrival.attempt, table, timeout_s)
+            arrival.refs = refs_of(table, arrival.attempt)
             self._reserved[arrival.attempt] = arrival.ticket
             self._open[arrival.attempt] = arrival
             arrival.notes["blocked_s"] = blocked_s = time.monotonic() - arrival.asked_s
@@ -171,10 +172,8 @@ class DecodeServer(RankServer):
             self.transport.cancel(sink)
             return
         self._renew(arrival)
-        table = arrival.lease.blocks
-        refs = [BlockRef(table[index], attempt, index) for index in range(first, last)]
         transfer = self.transport.receive(
-            refs, source=source, channel=attempt, part=part, lease=arrival.lease
+            arrival.refs[first:last], source=source, channel=attempt, part=part, lease=arrival.lease
         )
         arrival.transfers.append(transfer)
         self._of_transfer[transfer] = arrival

@@ -28,6 +28,7 @@ _PIECE_BYTES = 6 * 1024**2
 class Batch:
     """Blocks ``start .. stop - 1`` of a transfer, as its message number ``number``.
 
+    ``apart`` rows travel apart from their tags, as they may lie in a pool the way they travel.
     ``early`` has the digests of pieces that arrived while others were under way.
     """
 
@@ -36,6 +37,7 @@ class Batch:
     start: int
     stop: int
     row_bytes: int
+    apart: bool
     early: dict[int, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -44,7 +46,7 @@ class Batch:
     def runs(self) -> list[slice]:
         """Its rows as they travel, piece by piece before the tags; none: all in one piece."""
         count, size = len(self), self.row_bytes
-        if count * size < _APART_BYTES:
+        if not self.apart or count * size < _APART_BYTES:
             return []
         step = max(1, _PIECE_BYTES // size)
         return [slice(first, min(first + step, count)) for first in range(0, count, step)]

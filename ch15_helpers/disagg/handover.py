@@ -33,6 +33,8 @@ class Handover:
     arrival_s: float
     granted: bool = False
     num_blocks: int = 0  # leading blocks of which every part is computed
+    refs: list[BlockRef] = field(default_factory=list)  # of blocks ``refs_of``
+    refs_of: tuple[int, int] = (0, 0)
     queue: deque[ReadyPart] = field(default_factory=deque)  # computed, and not sent
     under_way: dict[Transfer, ReadyPart] = field(default_factory=dict)
     num_parts: int = 0
@@ -61,6 +63,7 @@ class Arrival:
     token: int = -1
     first_s: float = 0.0
     lease: Lease | None = None
+    refs: list[BlockRef] = field(default_factory=list)  # of all blocks of the lease
     transfers: list[Transfer] = field(default_factory=list)
     num_parts: int | None = None  # known at the end
     damaged: set[int] = field(default_factory=set)

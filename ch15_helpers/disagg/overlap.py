@@ -7,6 +7,7 @@ next layers and chunks are computed (Splitwise, Patel et al., ISCA 2024; Mooncak
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,17 +55,56 @@ def modelled_overlap(
     return ModelledOverlap(link.transfer_s(sum(part_bytes)), arrived_s - prefill_s)
 
 
-def part_ends(num_layers: int, layers_per_part: int) -> list[int]:
-    """After which layers of the last chunk a part is sent: halves of what is left, down to a size.
+def part_ends(num_layers: int, layers_per_part: int, ratio: float = 1.0) -> list[int]:
+    """After which layers of the last chunk a part is sent: few parts, the last one small.
 
-    What cannot hide is the last part, so that one is small; each part costs control on both
-    sides, so there are few. Chunks before the last are one part each: they hide behind the next.
+    What cannot hide is the last part; each part costs control on both sides. A part is hidden if
+    it has arrived when the layers behind it are computed, so of ``left`` layers all but
+    ``left / (1 + ratio)`` may go together. Without a measured ratio that is half of them. Chunks
+    before the last are one part each: they hide behind the next.
+
+    Args:
+        layers_per_part: of the last part.
+        ratio: time to compute a layer over the time its bytes take.
     """
     ends, left = [], num_layers
     while left > layers_per_part:
-        left = max(left // 2, layers_per_part)
+        left = max(int(left / (1 + ratio)), layers_per_part)
         ends.append(num_layers - left)
     return [*ends, num_layers]
+
+
+class Pace:
+    """What a prefill rank has seen of its link and of its layers; from that, the ratio above."""
+
+    def __init__(self) -> None:
+        self._s_per_byte: deque[float] = deque(maxlen=8)
+        self._layer_s_per_token: float | None = None
+
+    def sent(self, num_bytes: int, seconds: float) -> None:
+        """A part took so long, with what it waited for: the fastest of the last ones counts."""
+        if num_bytes and seconds > 0:
+            self._s_per_byte.append(seconds / num_bytes)
+
+    def computed(self, num_tokens: int, num_layers: int, seconds: float) -> None:
+        """So many layers of a step took so long."""
+        if num_tokens and num_layers:
+            self._layer_s_per_token = seconds / (num_tokens * num_layers)
+
+    def forget_link(self) -> None:
+        """The link is another one from now on."""
+        self._s_per_byte.clear()
+
+    def ratio(self, num_tokens: int, layer_bytes: int) -> float:
+        """For a step of so many tokens, a layer of which leaves so many bytes to send.
+
+        At least 1, which is also what nothing is known for: a slow link is no worse off than by
+        halves. The link is taken to be half as fast as it was seen, as others may use it, too.
+        """
+        if not self._s_per_byte or self._layer_s_per_token is None or not layer_bytes:
+            return 1.0
+        bytes_s = 2 * min(self._s_per_byte) * layer_bytes
+        return max(1.0, self._layer_s_per_token * num_tokens / bytes_s)
 
 
 def even_parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,7 @@ from torch import Tensor
 from ch15_helpers.kv.cache import PagedKVCache
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRef:
+class BlockRef(NamedTuple):
     """One block of one sequence.
 
     Attributes:
@@ -23,7 +23,7 @@ class BlockRef:
 
     block: int
     sequence: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ class RegisteredPool:
         self.whole = Part((0, cache.pages.shape[1]), self.heads)
         # [num_blocks, layers, ..., heads, ...] each; seen as integers, as bits are what counts.
         pages = cache.pages.view(_word(cache.pages))
+        self._row_bytes: dict[Part, int] = {}
         self._tensors = [(pages, 4)]
         self._last_index: tuple[tuple[int, ...], Tensor] | None = None
         if cache.scales is not None:
@@ -71,7 +72,10 @@ class RegisteredPool:
 
     def row_bytes(self, part: Part) -> int:
         """Bytes of one packed block."""
-        return sum(_padded(view[0].numel() * view.element_size()) for view in self._views(part))
+        if part not in self._row_bytes:
+            views = self._views(part)
+            self._row_bytes[part] = sum(_padded(v[0].numel() * v.element_size()) for v in views)
+        return self._row_bytes[part]
 
     def pack(self, blocks: Sequence[int], part: Part, rows: Tensor) -> None:
         """Copy blocks into uint8 ``rows`` [len(blocks), row_bytes(part)], on any device."""
@@ -109,7 +113,7 @@ class RegisteredPool:
 
     def check(self, blocks: Sequence[int], part: Part) -> None:
         """Raise ValueError for a block, layer or head that the pool does not have."""
-        self._views(part)
+        self.row_bytes(part)
         limit = self.cache.num_blocks
         if blocks and (min(blocks) < 0 or max(blocks) >= limit):
             raise ValueError(f"block ids must be in 0..{limit - 1}, got {list(blocks)}")

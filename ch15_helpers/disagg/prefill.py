@@ -14,7 +14,7 @@ from typing import Any
 
 from ch15_helpers.disagg.decode import arriving_request
 from ch15_helpers.disagg.handover import Handover, ReadyPart
-from ch15_helpers.disagg.overlap import part_ends
+from ch15_helpers.disagg.overlap import Pace, part_ends
 from ch15_helpers.disagg.pool import BlockRef, Part
 from ch15_helpers.disagg.rank import RankServer, Stopwatch, heard
 from ch15_helpers.disagg.transfer import Transfer, TransferState
@@ -34,7 +34,9 @@ class PrefillServer(RankServer):
         self._open: dict[int, Handover] = {}
         self._of_transfer: dict[Transfer, Handover] = {}
         self._num_layers = self.engine.model.config.num_hidden_layers
-        self._part_ends = frozenset(part_ends(self._num_layers, self.spec.layers_per_part))
+        self._part_ends: frozenset[int] = frozenset()  # of the step that runs
+        self._pace, self._layer_bytes = Pace(), self.pool.row_bytes(Part((0, 1), self.pool.heads))
+        self._first_layer_s = 0.0
         self._unwanted: list[int] = []
         self._first_layer = 0  # of the part that is being computed
 
@@ -127,12 +129,25 @@ class PrefillServer(RankServer):
             watch = Stopwatch(self.transport)
             if layer == 0:
                 self._first_layer = 0
+                self._plan(step)
                 self._ask_for_blocks(step)
             if end in self._part_ends:
                 self._add_parts(step, (self._first_layer, end), end == self._num_layers)
                 self._first_layer = end
+            if end == self._num_layers:
+                seconds = time.monotonic() - self._first_layer_s
+                self._pace.computed(step.num_tokens, layer, seconds)
             self.charge(watch)
         self.pump()
+
+    def _plan(self, step: Step) -> None:
+        """After which layers of this step parts are sent."""
+        self._first_layer_s = time.monotonic()
+        last = sum(chunk.num_tokens for chunk in step.chunks if chunk.is_last)
+        to_send = last * self._layer_bytes // self.engine.cache.block_size
+        ratio = self._pace.ratio(step.num_tokens, to_send)
+        ends = part_ends(self._num_layers, self.spec.layers_per_part, ratio)
+        self._part_ends = frozenset(ends)
 
     def _ask_for_blocks(self, step: Step) -> None:
         for chunk in step.chunks:
@@ -180,9 +195,11 @@ class PrefillServer(RankServer):
         name = ("part", handover.attempt, handover.num_parts)
         manager.adopt(name, table)
         self.engine.scheduler.num_guests += 1
-        refs = [
-            BlockRef(block, handover.attempt, index) for index, block in enumerate(table, first)
-        ]
+        if handover.refs_of != blocks:  # the parts of a chunk have the same blocks
+            pairs = enumerate(table, first)
+            handover.refs = [BlockRef(block, handover.attempt, index) for index, block in pairs]
+            handover.refs_of = blocks
+        refs = handover.refs
         handover.queue.append(ReadyPart(name, refs, Part(layers, self.pool.heads), now_s))
         handover.num_parts += 1
 
@@ -243,6 +260,8 @@ class PrefillServer(RankServer):
         self._free(handover.under_way.pop(transfer).name)
         handover.notes["pack_s"] += transfer.pack_s
         if transfer.state is TransferState.DONE:
+            assert transfer.finished_s is not None
+            self._pace.sent(transfer.num_bytes, transfer.finished_s - transfer.started_s)
             self._check_done(handover)
         elif handover.attempt in self._open:
             self._lose(handover, f"a send ended as {transfer.state.value}: {transfer.error}")
@@ -288,6 +307,10 @@ class PrefillServer(RankServer):
     def _free(self, name: tuple[str, int, int]) -> None:
         self.engine.scheduler.blocks.free(name)
         self.engine.scheduler.num_guests -= 1
+
+    def link_changes(self) -> None:
+        """See RankServer."""
+        self._pace.forget_link()
 
     def share(self, control_s: float) -> None:
         """See RankServer."""

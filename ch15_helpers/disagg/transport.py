@@ -227,21 +227,23 @@ class BlockTransport:
         if not 0 <= channel < 2**31:
             raise TransportError(f"channel is {channel}; it must be in 0..2**31 - 1")
         part = pool.whole if part is None else part
-        pool.check([ref.block for ref in refs], part)
+        blocks = [ref.block for ref in refs]
+        pool.check(blocks, part)
         now_s = self._clock()
         timeout_s = self._default_timeout_s if timeout_s is None else timeout_s
         transfer = Transfer(sending, peer, channel, refs, part, now_s + timeout_s, now_s, lease)
         transfer.positions = {(ref.sequence, ref.index): i for i, ref in enumerate(refs)}
         if len(transfer.positions) < len(refs):
             raise TransportError("a block of a sequence is named twice in one transfer")
-        if lease is not None and not {ref.block for ref in refs} <= set(lease.blocks):
+        if lease is not None and not set(lease.blocks).issuperset(blocks):
             raise TransportError("the lease does not cover all blocks of the transfer")
         self._active[transfer] = None
-        self._enqueue(transfer, pool.row_bytes(part))
+        # Some layers of several blocks are never neighbours; both sides must divide alike.
+        self._enqueue(transfer, pool.row_bytes(part), part.layers == pool.whole.layers)
         self._progress()
         return transfer
 
-    def _enqueue(self, transfer: Transfer, row_bytes: int) -> None:
+    def _enqueue(self, transfer: Transfer, row_bytes: int, apart: bool) -> None:
         count = len(transfer.refs)
         if not count:
             self._end(transfer, TransferState.DONE)
@@ -249,7 +251,7 @@ class BlockTransport:
         per_message = max(1, self._max_message_bytes // (row_bytes + TAG_BYTES))
         bounds = [*range(0, count, per_message), count]
         for number, (start, stop) in enumerate(pairwise(bounds)):
-            self._lanes.add(Batch(transfer, number, start, stop, row_bytes))
+            self._lanes.add(Batch(transfer, number, start, stop, row_bytes, apart))
         transfer.num_left = len(bounds) - 1
         transfer.num_bytes = message_bytes(count, row_bytes)
 
@@ -259,10 +261,12 @@ class BlockTransport:
         for transfer in [t for t in self._active if t.deadline_s <= now_s]:
             happened |= self._end(transfer, TransferState.EXPIRED, "its deadline has passed")
         happened |= self._start()
-        for message, error in self.wire.finished():
+        finished = self.wire.finished()
+        for message, error in finished:
             self._finish(message, error)
-            happened = True
-        return self._start() or happened
+        if finished:
+            self._start()
+        return happened or bool(finished)
 
     def _start(self) -> bool:
         """Fill the windows."""

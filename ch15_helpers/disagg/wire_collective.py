@@ -50,7 +50,7 @@ class GlooWire:
         """``group`` is a process group that nobody else uses; None is the default group."""
         if not dist.is_initialized() or dist.get_backend(group) != "gloo":
             raise TransportError("GlooWire needs an initialised torch.distributed group of gloo")
-        self._group = group
+        self._group: Any = dist.group.WORLD if group is None else group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = torch.device("cpu")
         self._changed = threading.Condition()
@@ -73,6 +73,8 @@ class GlooWire:
             self._assign(works, message)
 
     def finished(self) -> list[tuple[WireMessage, str | None]]:
+        if not self._done:
+            return []
         with self._changed:
             done = list(self._done)
             self._done.clear()
@@ -90,10 +92,9 @@ class GlooWire:
             worker.queue.put(None)
 
     def _post(self, message: WireMessage, piece: Tensor) -> Any:
-        group, peer, tag = self._group, message.peer, message.channel
-        if message.sending:
-            return dist.isend(piece, group=group, group_dst=peer, tag=tag)
-        return dist.irecv(piece, group=group, group_src=peer, tag=tag)
+        # What dist.isend and dist.irecv do, without their checks of each call.
+        move = self._group.send if message.sending else self._group.recv
+        return move([piece], message.peer, message.channel)
 
     def _assign(self, works: list[Any], message: WireMessage) -> None:
         """Give a message to the thread that waits for its channel, or to an idle one."""

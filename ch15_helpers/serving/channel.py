@@ -91,11 +91,12 @@ class Channel:
         """
         self.flush()
         if not self.closed:
-            writers = [self] if self._outbox else []
-            select.select([self], writers, [], timeout_s)
-            self.flush()
+            if timeout_s:
+                writers = [self] if self._outbox else []
+                select.select([self], writers, [], timeout_s)
+                self.flush()
             self._read()
-        return self._messages()
+        return self._messages() if self._inbox else []
 
     def close(self) -> None:
         """End the connection; may be called again."""
