@@ -85,6 +85,16 @@ def table(comparisons: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def limits_table(rows: Sequence[Row], group: str) -> str:
+    """Markdown of our rows of a group for which no peer was recorded: beside their limits."""
+    lines = ["| work | unit | this book | limit | fraction |", "|---|---|--:|--:|--:|"]
+    for row in rows:
+        if row.group == group and row.limit is not None:
+            numbers = f"{_number(row.value)} | {_number(row.limit)} | {row.fraction:.0%}"
+            lines.append(f"| {row.work} | {row.unit} | {numbers} |")
+    return "\n".join(lines)
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
@@ -107,13 +117,12 @@ def measure_ours(profile: HardwareProfile) -> list[Row]:
 
 
 def product_rows(profile: HardwareProfile) -> list[Row]:
-    """A dense layer's products in turn: ours, the library's and the limit of a chip under load."""
+    """A dense layer's products, ours and the library's in turn, on a chip under load."""
     rows, config = [], PRESETS[PRODUCTS_MODEL]
     for name in products.layer_products(config):
         p = products.measure_product(name, config, PRODUCTS_TOKENS, profile)
         for system, seconds in ((OURS, p.ours_s), (LIBRARY, p.library_s)):
-            work, limit_us = product_work(name), p.limit_s * 1e6
-            rows.append(Row("products under load", work, "µs", system, seconds * 1e6, limit_us))
+            rows.append(Row("products under load", product_work(name), "µs", system, seconds * 1e6))
     return rows
 
 
@@ -149,7 +158,8 @@ def main(
     write_json_atomically(out / f"ours_{profile.key}.json", record_of(profile, rows).to_json())
     peers = load(f"peers_{profile.key}")
     for group in GROUPS:
-        print(table(compare(rows, peers.rows if peers else (), group)))
+        compared = compare(rows, peers.rows if peers else (), group)
+        print(table(compared) if compared else limits_table(rows, group))
 
 
 if __name__ == "__main__":
