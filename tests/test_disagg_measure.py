@@ -16,7 +16,8 @@ import sys
 import pytest
 
 from ch15_helpers.disagg.connect import Place, place_from_environment
-from ch15_helpers.disagg.measure import measure_transport, orchestration_s
+from ch15_helpers.disagg.measure import handover_cost, measure_transport, orchestration_s
+from ch15_helpers.disagg.spec import DisaggSpec
 from ch15_helpers.errors import TransportError
 
 MODULE = ["-m", "ch15_helpers.disagg.measure", "--rounds", "1", "--blocks", "3"]
@@ -48,10 +49,19 @@ def test_orchestration_takes_less_than_two_milliseconds_a_request() -> None:
     assert min(orchestration_s(rounds=15) for _ in range(3)) < 2e-3
 
 
+def test_handovers_between_ranks_are_measured() -> None:
+    """In one part and in several; how much hides is not asserted: this model is too small."""
+    spec = DisaggSpec("random:TINY", engine={"num_blocks": 64}, layers_per_part=1)
+    cost = handover_cost(spec, prompt_tokens=40, num_requests=3)
+    assert 0 < cost.whole_s < 0.1 and 0 < cost.layered_s < 0.1
+    assert cost.num_parts >= 2 and cost.hidden_share <= 1
+
+
 def test_two_processes_are_measured() -> None:
     times = measure_transport("gloo", num_blocks=3, rounds=1)
     assert times.num_bytes == 3 * 737_280
     assert times.transport_GBps > 0 and times.unverified_GBps > 0 and times.fraction > 0
+    assert times.unverified_fraction == times.unverified_GBps / times.plain_GBps
     assert [size // 737_280 for size, _ in times.samples] == [1, 2, 3]
     with pytest.raises(TransportError, match="medium must be one of"):
         measure_transport("carrier pigeon", rounds=1)  # type: ignore[arg-type]

@@ -31,12 +31,16 @@ from ch15_helpers.disagg.connect import (
 )
 from ch15_helpers.disagg.leases import LeaseTable
 from ch15_helpers.disagg.link import LinkFit, fit_link
+from ch15_helpers.disagg.overlap import overlap_report
+from ch15_helpers.disagg.pipeline import DisaggCluster
 from ch15_helpers.disagg.pool import RegisteredPool, refs_of
+from ch15_helpers.disagg.spec import DisaggSpec
 from ch15_helpers.disagg.transport import BlockTransport
 from ch15_helpers.disagg.wire import LocalHub, Wire
 from ch15_helpers.errors import TransportError
 from ch15_helpers.kv.cache import PagedKVCache
 from ch15_helpers.model.config import SMOLLM2_135M
+from ch15_helpers.serving.request import SamplingParams
 
 _REQUEST_BLOCKS = 32  # 512 tokens
 _PIECE = 4 * 1024**2
@@ -68,6 +72,50 @@ class TransportTimes:
     def fraction(self) -> float:
         """Bandwidth of the checked transport over that of plain sends."""
         return self.transport_GBps / self.plain_GBps
+
+    @property
+    def unverified_fraction(self) -> float:
+        """The same without the checks."""
+        return self.unverified_GBps / self.plain_GBps
+
+
+@dataclass(frozen=True)
+class HandoverCost:
+    """Medians over the handovers of real ranks, one prompt at a time.
+
+    Attributes:
+        whole_s, layered_s: processor time of both ranks for control, a request; its bytes sent
+            after the prompt, and under it.
+        num_parts: of a layered handover.
+        hidden_share: of the bytes' time, behind the prompt.
+    """
+
+    whole_s: float
+    layered_s: float
+    num_parts: float
+    hidden_share: float
+
+
+def handover_cost(
+    spec: DisaggSpec | None = None, *, prompt_tokens: int = 256, num_requests: int = 8
+) -> HandoverCost:
+    """Start a prefill and a decode rank, and hand prompts over in both ways.
+
+    Args:
+        spec: what runs; None is SmolLM2 on one rank each.
+    """
+    prompts = [[1 + (7 * i + j) % 199 for j in range(prompt_tokens)] for i in range(num_requests)]
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    with DisaggCluster.launch(spec or DisaggSpec()) as cluster:
+        cluster.run(prompts[:2], params, max_open=1)  # both ranks are warm, and the link is known
+        whole = cluster.run(prompts, params, overlap=False, max_open=1)
+        layered = cluster.run(prompts, params, max_open=1)
+    return HandoverCost(
+        whole_s=median(each.orchestration_s for each in whole.handovers),
+        layered_s=median(each.orchestration_s for each in layered.handovers),
+        num_parts=median(each.num_parts for each in layered.handovers),
+        hidden_share=overlap_report(whole, layered).hidden_share,
+    )
 
 
 def orchestration_s(num_blocks: int = _REQUEST_BLOCKS, rounds: int = 50) -> float:
@@ -237,11 +285,16 @@ def main() -> None:
     parser.add_argument("--medium", choices=MEDIA, default="gloo")
     parser.add_argument("--blocks", type=int, default=96, help="blocks of 16 tokens a transfer")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--handovers", type=int, default=8, help="prompts for two ranks of our own; 0 starts none"
+    )
     chosen = parser.parse_args()
     place = place_from_environment()
     if place is None:
         times = measure_transport(chosen.medium, num_blocks=chosen.blocks, rounds=chosen.rounds)
         report(chosen.medium, chosen.blocks, times)
+        if chosen.handovers:
+            report_handovers(handover_cost(num_requests=chosen.handovers))
         return
     if place.world_size != 2:
         parser.error(f"two processes are needed, {place.world_size} were started")
@@ -263,11 +316,11 @@ def report(medium: str, num_blocks: int, times: TransportTimes) -> None:
     print(f"one transfer           {times.num_bytes / 1e6:.1f} MB in {num_blocks} blocks")
     print(f"plain send and recv    {times.plain_GBps:.2f} GB/s")
     print(f"transport, checked     {times.transport_GBps:.2f} GB/s ({times.fraction:.0%} of plain)")
-    unchecked = times.unverified_GBps / times.plain_GBps
-    print(f"transport, unchecked   {times.unverified_GBps:.2f} GB/s ({unchecked:.0%} of plain)")
+    unchecked = f"{times.unverified_GBps:.2f} GB/s ({times.unverified_fraction:.0%} of plain)"
+    print(f"transport, unchecked   {unchecked}")
     print(f"checksum alone         {times.checksum_GBps:.2f} GB/s, once on each side")
     print(f"32 tiny blocks         {times.small_transfer_s * 1e3:.2f} ms from start to landed")
-    print(f"orchestration          {orchestration_s() * 1e3:.2f} ms of processor time a request")
+    print(f"orchestration          {orchestration_s() * 1e3:.2f} ms of processor time a transfer")
     try:
         fit: LinkFit = fit_link(times.samples)
     except ValueError as error:
@@ -277,6 +330,13 @@ def report(medium: str, num_blocks: int, times: TransportTimes) -> None:
         f"fitted link            {fit.link.latency_s * 1e6:.0f} us + bytes / "
         f"{fit.link.bandwidth_GBps:.2f} GB/s, median error {fit.median_error:.0%}"
     )
+
+
+def report_handovers(cost: HandoverCost) -> None:
+    """Print what control costs between real ranks."""
+    hidden = f"{cost.num_parts:.0f} parts, {cost.hidden_share:.0%} of the bytes' time hidden"
+    print(f"handover, whole        {cost.whole_s * 1e3:.2f} ms of orchestration a request")
+    print(f"handover, layered      {cost.layered_s * 1e3:.2f} ms, {hidden}")
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ class PrefillServer(RankServer):
         last = sum(chunk.num_tokens for chunk in step.chunks if chunk.is_last)
         to_send = last * self._layer_bytes // self.engine.cache.block_size
         ratio = self._pace.ratio(step.num_tokens, to_send)
-        ends = part_ends(self._num_layers, self.spec.layers_per_part, ratio)
-        self._part_ends = frozenset(ends)
+        size = self.spec.layers_per_part if self.overlap else self._num_layers
+        self._part_ends = frozenset(part_ends(self._num_layers, size, ratio))
 
     def _ask_for_blocks(self, step: Step) -> None:
         for chunk in step.chunks:
