@@ -71,18 +71,16 @@ class Freight:
         The peer waits for it even when its transfer has been given up. Rows that are sent from the
         pool itself may be overwritten if the transfer is given up meanwhile; their digests tell.
         """
-        tags, rows = split(message.buffer, len(batch))
+        self._divide(batch, message, zero_copy)
+        message.filling = self._filling(batch, message)
+
+    def _divide(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
+        """Choose the pieces of a message, each memory of the pool where that is possible."""
         runs = batch.runs()
         if not runs:
             message.pieces = [message.buffer]
-        else:
-            message.pieces = [*self._pieces(batch, rows, runs, message, zero_copy), tags.view(-1)]
-        message.filling = self._filling(batch, message, tags, rows, runs)
-
-    def _pieces(
-        self, batch: Batch, rows: Tensor, runs: list[slice], message: WireMessage, zero_copy: bool
-    ) -> list[Tensor]:
-        """Rows [n, row_bytes] as pieces, each memory of the pool where that is possible."""
+            return
+        tags, rows = split(message.buffer, len(batch))
         pieces = [rows[run].view(-1) for run in runs]
         if zero_copy and batch.transfer.state is TransferState.PENDING:
             blocks = [ref.block for ref in batch.transfer.refs[batch.start : batch.stop]]
@@ -91,13 +89,12 @@ class Freight:
                 if own is not None:
                     pieces[number] = own.view(-1)
                     message.own.add(number)
-        return pieces
+        message.pieces = [*pieces, tags.view(-1)]
 
-    def _filling(
-        self, batch: Batch, message: WireMessage, tags: Tensor, rows: Tensor, runs: list[slice]
-    ) -> Iterator[None]:
+    def _filling(self, batch: Batch, message: WireMessage) -> Iterator[None]:
         """Make piece after piece ready: rows before they are sent, their digests after that."""
-        transfer = batch.transfer
+        transfer, runs = batch.transfer, batch.runs()
+        tags, rows = split(message.buffer, len(batch))
         if transfer.state is not TransferState.PENDING:
             write_void(tags)
             return
@@ -127,14 +124,9 @@ class Freight:
         It is under a lease: what the wire writes to the blocks when the lease is over does no
         harm, as a pinned lease keeps them.
         """
-        tags, rows = split(message.buffer, len(batch))
-        runs, lease = batch.runs(), batch.transfer.lease
-        if not runs:
-            message.pieces = [message.buffer]
-            return
+        lease = batch.transfer.lease
         held = lease is not None and lease.holds(self._clock())
-        pieces = self._pieces(batch, rows, runs, message, zero_copy and held)
-        message.pieces = [*pieces, tags.view(-1)]
+        self._divide(batch, message, zero_copy and held)
         if message.own and self._verify:
             self._checksum(batch.row_bytes)
             message.arrived = partial(self._arrived, batch, message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 
 from torch import Tensor
 
@@ -37,13 +37,12 @@ class Lanes:
 
     def start(self) -> list[tuple[WireMessage, Batch]]:
         """Take what fits into the windows; the messages are under way from now on."""
-        if not any(self._queues.values()):
+        if not self._queues:
             return []
-        count = Counter(self._lane(batch.transfer) for batch in self._under_way.values())
-        started = []
-        for lane in [lane for lane, queue in self._queues.items() if queue]:
-            queue = self._queues[lane]
-            for _ in range(min(len(queue), self._wire.window - count[lane])):
+        started: list[tuple[WireMessage, Batch]] = []
+        for lane, queue in list(self._queues.items()):
+            busy = sum(self._lane(batch.transfer) == lane for batch in self._under_way.values())
+            for _ in range(min(len(queue), self._wire.window - busy)):
                 batch = queue[0]
                 try:
                     message = self._message(batch)

@@ -18,6 +18,8 @@ from ch15_helpers.errors import ReplicaError
 Message = dict[str, Any]
 
 _HEAD_BYTES = 4
+_READ_BYTES = 1 << 16
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 MAX_MESSAGE_BYTES = 64 * 1024**2
 
 
@@ -62,7 +64,7 @@ class Channel:
         """Send or keep for later; to an end that is gone it does nothing."""
         if self.closed:
             return
-        body = json.dumps(message, separators=(",", ":")).encode()
+        body = _ENCODER.encode(message).encode()
         if len(body) > MAX_MESSAGE_BYTES:
             raise ReplicaError(
                 f"a message of {len(body):,} bytes; at most {MAX_MESSAGE_BYTES:,} can be sent"
@@ -106,10 +108,12 @@ class Channel:
     def _read(self) -> None:
         try:
             while not self.closed:
-                data = self._socket.recv(1 << 16)
+                data = self._socket.recv(_READ_BYTES)
                 if not data:
                     self.close()
                 self._inbox += data
+                if len(data) < _READ_BYTES:  # more would be asked for in vain
+                    break
         except BlockingIOError:
             pass
         except OSError:
