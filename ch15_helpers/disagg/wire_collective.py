@@ -161,8 +161,6 @@ class NcclWire:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def start(self, messages: Sequence[WireMessage]) -> None:
-        # Messages were packed on the current stream, and old buffers were read there.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         operations = [
             dist.P2POp(
                 dist.isend if message.sending else dist.irecv,
@@ -173,6 +171,8 @@ class NcclWire:
             for message in messages
             for piece in message.take()
         ]
+        # Messages were packed on the current stream just now, and old buffers were read there.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for work in dist.batch_isend_irecv(operations):
                 work.wait()  # makes the stream wait, not the host
