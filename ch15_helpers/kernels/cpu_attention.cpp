@@ -40,12 +40,24 @@ struct Sums {
     float *top, *total, *mixed;
 };
 
+// A thread's own memory, kept from one call to the next.
 struct Scratch {
-    std::vector<float> q, keys, values, scores, span, all;
+    float *q, *keys, *values, *scores, *span, *all;
+
     template <typename T>
-    explicit Scratch(const Call<T>& c)
-        : q(MAX_ROWS * c.dim), keys(c.dim * TOKENS), values(TOKENS * c.padded),
-          scores(MAX_ROWS * TOKENS), span(MAX_ROWS * (c.padded + 2)), all(span.size()) {}
+    explicit Scratch(const Call<T>& c) {
+        static thread_local std::vector<float> memory;
+        const size_t sizes[] = {size_t(MAX_ROWS * c.dim),         size_t(c.dim * TOKENS),
+                                size_t(TOKENS * c.padded),        size_t(MAX_ROWS * TOKENS),
+                                size_t(MAX_ROWS * (c.padded + 2)),
+                                size_t(MAX_ROWS * (c.padded + 2))};
+        size_t total = 0;
+        for (size_t size : sizes) total += size;
+        if (memory.size() < total) memory.resize(total);
+        float** const parts[] = {&q, &keys, &values, &scores, &span, &all};
+        float* at = memory.data();
+        for (int i = 0; i < 6; at += sizes[i++]) *parts[i] = at;
+    }
 };
 
 INLINE Sums sums_in(float* memory, long rows) {
@@ -62,14 +74,14 @@ void product(long rows, const float* x, long x_stride, const float* w, long w_st
     tile<R, ADD>(x, x_stride, w, w_stride, depth, out, out_stride);
 }
 
-// out (+)= x * w for any number of rows and a multiple of WIDTH columns.
+// out (+)= x * w for any number of rows and a multiple of WIDTH columns of rows of `stride`.
 template <bool ADD>
-void multiply(long rows, const float* x, long x_stride, const float* w, long columns, long depth,
-              float* out) {
+void multiply(long rows, const float* x, long x_stride, const float* w, long columns, long stride,
+              long depth, float* out) {
     for (long r = 0; r < rows; r += ROWS)
         for (long i = 0; i < columns; i += WIDTH)
             product<ROWS, ADD>(rows - r < ROWS ? rows - r : ROWS, x + r * x_stride, x_stride, w + i,
-                               columns, depth, out + r * columns + i, columns);
+                               stride, depth, out + r * stride + i, stride);
 }
 
 // The values of `count` tokens, and their keys turned so that TOKENS of them lie side by side.
@@ -140,8 +152,9 @@ void attend_span(const Call<T>& c, const Work& work, long from, long to, Scratch
     for (long at = from; at < to; at += TOKENS) {
         const long count = to - at < TOKENS ? to - at : TOKENS;
         gather(c, work, at, count, scratch);
-        multiply<false>(rows, scratch.q.data(), c.dim, scratch.keys.data(), TOKENS, c.dim,
-                        scratch.scores.data());
+        const long columns = (count + WIDTH - 1) / WIDTH * WIDTH;
+        multiply<false>(rows, scratch.q, c.dim, scratch.keys, columns, TOKENS, c.dim,
+                        scratch.scores);
         for (long r = 0; r < rows; ++r) {
             const long seen = work.position + r / c.group + 1 - at;
             const float factor = soften(&scratch.scores[r * TOKENS], seen < count ? seen : count,
@@ -149,8 +162,8 @@ void attend_span(const Call<T>& c, const Work& work, long from, long to, Scratch
             if (factor != 1.0f)
                 for (long i = 0; i < c.padded; ++i) sums.mixed[r * c.padded + i] *= factor;
         }
-        multiply<true>(rows, scratch.scores.data(), TOKENS, scratch.values.data(), c.padded, count,
-                       sums.mixed);
+        multiply<true>(rows, scratch.scores, TOKENS, scratch.values, c.padded, c.padded,
+                       count, sums.mixed);
     }
 }
 
@@ -194,9 +207,9 @@ void load_queries(const Call<T>& c, const Work& work, float* to) {
 template <typename T>
 void attend(const Call<T>& c, const Work& work, Scratch& scratch, float* partials) {
     const long rows = work.count * c.group;
-    load_queries(c, work, scratch.q.data());
-    const Sums span = sums_in(scratch.span.data(), rows);
-    const Sums all = sums_in(work.partial < 0 ? scratch.all.data() : partials + work.partial, rows);
+    load_queries(c, work, scratch.q);
+    const Sums span = sums_in(scratch.span, rows);
+    const Sums all = sums_in(work.partial < 0 ? scratch.all : partials + work.partial, rows);
     const long end = work.position + work.count;
     for (long s = work.from; s < work.to; ++s) {
         const long to = (s + 1) * SPAN < end ? (s + 1) * SPAN : end;

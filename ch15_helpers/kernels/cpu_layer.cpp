@@ -1,7 +1,6 @@
 // A decoder layer in one call from Python: at one token, eight calls in each of thirty layers take
 // a fifth of the step, on top of the arithmetic.
 #include <cstdint>
-#include <vector>
 
 extern "C" {
 
@@ -33,6 +32,7 @@ struct Step {
     const float *cos_full, *sin_signed;
     const int64_t* slots;
     const int32_t *tables, *starts, *lens;
+    float* scratch;  // rows x (hidden + 2 heads x dim + q, k and v + inner)
     int64_t rows, hidden, inner, heads, kv_heads, dim, seqs, table_stride, page, block_stride,
         slot_stride, head_stride, threads;
     float eps, scale;
@@ -45,24 +45,24 @@ void ch15_layer(const Layer* layer, const Step* step, float* k, float* v, float*
     const int threads = int(s.threads);
     const long width = ch15_width(), q_size = s.heads * s.dim;
     const long kv_size = s.kv_heads * s.dim, qkv_size = q_size + 2 * kv_size;
-    std::vector<float> x(s.rows * s.hidden), qkv(s.rows * qkv_size), q(s.rows * q_size),
-        mixed(s.rows * q_size), gated(s.rows * s.inner);
+    float *x = s.scratch, *qkv = x + s.rows * s.hidden, *q = qkv + s.rows * qkv_size,
+          *mixed = q + s.rows * q_size, *gated = mixed + s.rows * q_size;
 
-    ch15_rms_norm(hidden, residual, layer->input_norm, x.data(), residual, s.rows, s.hidden, s.eps,
+    ch15_rms_norm(hidden, residual, layer->input_norm, x, residual, s.rows, s.hidden, s.eps,
                   threads);
-    ch15_linear(x.data(), s.rows, s.hidden, layer->qkv_proj, qkv_size / width, qkv.data(), threads);
-    ch15_rope_write(qkv.data(), qkv.data() + q_size, qkv.data() + q_size + kv_size, s.cos_full,
-                    s.sin_signed, s.slots, q.data(), k, v, s.rows, s.heads, s.kv_heads, s.dim,
+    ch15_linear(x, s.rows, s.hidden, layer->qkv_proj, qkv_size / width, qkv, threads);
+    ch15_rope_write(qkv, qkv + q_size, qkv + q_size + kv_size, s.cos_full,
+                    s.sin_signed, s.slots, q, k, v, s.rows, s.heads, s.kv_heads, s.dim,
                     qkv_size, s.page, s.block_stride, s.slot_stride, s.head_stride, threads);
-    ch15_attention_float32(q.data(), k, v, mixed.data(), s.tables, s.starts, s.lens, s.seqs,
+    ch15_attention_float32(q, k, v, mixed, s.tables, s.starts, s.lens, s.seqs,
                            s.table_stride, s.heads, s.kv_heads, s.dim, s.page, q_size,
                            s.block_stride, s.slot_stride, s.head_stride, s.scale, threads);
 
-    ch15_linear(mixed.data(), s.rows, q_size, layer->o_proj, s.hidden / width, x.data(), threads);
-    ch15_rms_norm(x.data(), residual, layer->post_norm, x.data(), residual, s.rows, s.hidden,
+    ch15_linear(mixed, s.rows, q_size, layer->o_proj, s.hidden / width, x, threads);
+    ch15_rms_norm(x, residual, layer->post_norm, x, residual, s.rows, s.hidden,
                   s.eps, threads);
-    ch15_gated_linear(x.data(), s.rows, s.hidden, layer->gate_up_proj, s.inner / width,
-                      gated.data(), threads);
-    ch15_linear(gated.data(), s.rows, s.inner, layer->down_proj, s.hidden / width, hidden, threads);
+    ch15_gated_linear(x, s.rows, s.hidden, layer->gate_up_proj, s.inner / width,
+                      gated, threads);
+    ch15_linear(gated, s.rows, s.inner, layer->down_proj, s.hidden / width, hidden, threads);
 }
 }

@@ -44,7 +44,10 @@ class _Step(ctypes.Structure):
     """``Step`` of ``cpu_layer.cpp``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "tables", "starts", "lens")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("cos", "sin", "slots", "tables", "starts", "lens", "scratch")
+        ),
         *(
             (name, ctypes.c_int64)
             for name in (
@@ -87,11 +90,11 @@ class CompiledStep:
         tables = checked_tables(batch, len(slots), num_blocks, page)
         cos, sin = (row.contiguous() for row in rows)
         self._pages, self._kept = pages, (slots, *tables, cos, sin)
-        self._itemsize = pages.element_size()
+        self._itemsize, self._scratch = pages.element_size(), torch.empty(0)
         self._step = _Step(
-            *(t.data_ptr() for t in (cos, sin, slots, *tables)), len(slots), 0, 0, heads, kv_heads,
-            dim, len(tables[2]), tables[0].shape[1], page, pages.stride(0), *pages.stride()[3:5],
-            1, eps, scale,
+            *(t.data_ptr() for t in (cos, sin, slots, *tables)), 0, len(slots), 0, 0, heads,
+            kv_heads, dim, len(tables[2]), tables[0].shape[1], page, pages.stride(0),
+            *pages.stride()[3:5], 1, eps, scale,
         )  # fmt: skip
 
     def run_layer(
@@ -116,6 +119,11 @@ class CompiledStep:
         )
         if not all(shapes) or not (hidden.is_contiguous() and residual.is_contiguous()):
             raise ValueError(f"layer {index} does not fit states of {tuple(hidden.shape)}")
+        size = step.hidden + layer.qkv_proj.shape[0] * width + step.inner
+        size = step.rows * (size + 2 * step.heads * step.dim)
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size)
+            step.scratch = self._scratch.data_ptr()
         pages = self._pages
         keys = pages.data_ptr() + index * pages.stride(1) * self._itemsize
         library, weights = cpu_library(), (ctypes.c_void_p * 6)(*(w.data_ptr() for w in layer))
