@@ -2,8 +2,8 @@
 
 It computes what :func:`.rms_norm`, :func:`.linear`, :func:`.rope_and_write_kv`,
 :func:`.paged_attention` and :func:`.gated_linear` compute one after the other, bit for bit, for
-weights of the ``compiled`` layout. What it saves is Python: at one token and 30 layers, those calls
-take 5 ms of a step of 24.
+weights of the ``compiled`` layout. What it saves is Python: at one token and 30 layers of SmolLM2 a
+step went from 25 ms to 21 on two cores.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The rule (``layout=None``) depends on the dtype and the machine alone, so that e
 a run rounds alike: float32 gets ``compiled`` where our kernels can be compiled, bfloat16 gets
 ``onednn`` where oneDNN takes it, all else keeps ``rows``. (SmolLM2's 121 matrices on two AVX-512
 cores, ``rows`` against ``compiled``: 1 token 20.4 ms, 19.3; 4 tokens 37.7, 20.7; 16 tokens 47.4,
-27.2; 64 tokens 80, 69; 256 tokens 222, 190.) A measurement (``layout="fastest"``, or
+27.2; 64 tokens 80, 55; 256 tokens 222, 190.) A measurement (``layout="fastest"``, or
 ``dtype="fastest"`` of :func:`.load_model`) times each candidate on this machine; two runs may
 choose differently, and then their float32 logits differ in the last bits.
 """
