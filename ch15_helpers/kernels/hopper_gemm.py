@@ -137,7 +137,7 @@ def multiply(x: Tensor, weight: Tensor, gated: bool, way: Way) -> Tensor:
 def _library() -> ctypes.CDLL | None:
     """The built kernels; None, with a warning once, where they cannot be built.
 
-    torch keeps what it built, so that this takes half a minute once on a machine.
+    torch keeps what it built: this takes some ten seconds once on a machine.
     """
     from torch.utils import cpp_extension
 
