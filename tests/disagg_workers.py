@@ -37,7 +37,7 @@ def main(medium: Any, rank: int, world_size: int, init_method: str, job: str, re
     try:
         wire = connect(medium, Place(rank, world_size, init_method)).wire
         results.put((rank, JOBS[job](wire, rank)))
-        if job != "dying":
+        if job not in DEADLY:
             dist.barrier()  # nobody's connections go before everybody is ready
     except BaseException as error:
         results.put((rank, error_text(error)))
@@ -52,7 +52,7 @@ def error_text(error: BaseException) -> str:
 
 
 def new_transport(wire: Any, rank: int, **options: Any) -> tuple[BlockTransport, PagedKVCache]:
-    cache = PagedKVCache(TINY, BLOCKS, 4)
+    cache = PagedKVCache(TINY, BLOCKS, 4, device=wire.device)
     cache.pages.copy_(content(rank))
     options.setdefault("max_message_bytes", 5 * (cache.block_bytes + 48))
     transport = BlockTransport(wire, clock=time.perf_counter, **options)
@@ -74,13 +74,12 @@ def tour(wire: Any, rank: int) -> dict[str, Any]:
     found["equal"] = torch.equal(cache.pages[ORDER[half:]], theirs[ORDER[:half]])
     found["kept"] = torch.equal(cache.pages[ORDER[:half]], content(rank)[ORDER[:half]])
     dist.barrier()
-    # Channels may be waited for in another order than they were sent in.
+    # Channels may be waited for in another order than they were sent in, where there are any.
+    order = range(6) if wire.in_order else range(5, -1, -1)
     if rank == 0:
         transfers = [transport.send(refs_of([c], c), to=1, channel=10 + c) for c in range(6)]
     else:
-        transfers = [
-            transport.receive(refs_of([c], c), source=0, channel=10 + c) for c in range(5, -1, -1)
-        ]
+        transfers = [transport.receive(refs_of([c], c), source=0, channel=10 + c) for c in order]
     transport.wait(*transfers)
     found["channels"] = all(t.report.is_clean for t in transfers)
     dist.barrier()
@@ -169,6 +168,40 @@ def dying(wire: Any, rank: int) -> dict[str, Any]:
     return {"state": receive.state.value, "missing": len(receive.report.missing)}
 
 
+def orphaned(wire: Any, rank: int) -> dict[str, Any]:
+    """Two ranks over NCCL: rank 0 dies, which NCCL does not notice; rank 1 is told, and goes on."""
+    transport, cache = new_transport(wire, rank)
+    exchange = [
+        transport.send(refs_of(ORDER[:4], rank), to=1 - rank, channel=1),
+        transport.receive(refs_of(ORDER[4:8], 1 - rank), source=1 - rank, channel=1),
+    ]
+    transport.wait(*exchange)
+    dist.barrier()
+    if rank == 0:
+        os._exit(0)
+    refs = refs_of(ORDER, 1)
+    both = [
+        transport.send(refs, to=0, channel=2, timeout_s=30.0),
+        transport.receive(refs, source=0, channel=2, timeout_s=30.0),
+    ]
+    until_s = time.perf_counter() + 0.5
+    while time.perf_counter() < until_s:
+        transport.poll()
+    waited = [transfer.state.value for transfer in both]
+    wire.lose(0, "rank 0 is gone")
+    transport.wait(*both)
+    torch.cuda.synchronize()
+    refused = transport.send(refs, to=0, channel=3)
+    transport.wait(refused)
+    return {
+        "before": [transfer.report.is_clean for transfer in exchange[1:]],
+        "waited": waited,
+        "after": [transfer.state.value for transfer in (*both, refused)],
+        "reason": {transfer.error for transfer in (*both, refused)},
+        "pool": bool(torch.isfinite(cache.pages).all()),
+    }
+
+
 def simulated(wire: Any, rank: int) -> dict[str, Any]:
     """Two ranks: a modelled network on the real clock, around the real wire."""
     fabric = Fabric(LinkModel(latency_s=0.3, bandwidth_GBps=1.0), time.perf_counter)
@@ -187,10 +220,12 @@ def simulated(wire: Any, rank: int) -> dict[str, Any]:
     }
 
 
+DEADLY = ("dying", "orphaned")  # rank 0 does not survive these
 JOBS = {
     "simulated": simulated,
     "tour": tour,
     "damaged": damaged,
     "split_heads": split_heads,
     "dying": dying,
+    "orphaned": orphaned,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ch15_helpers.disagg.wire import Wire
-from ch15_helpers.disagg.wire_collective import GlooWire, NcclWire
+from ch15_helpers.disagg.wire_collective import GlooWire
 from ch15_helpers.disagg.wire_mpi import MpiWire, under_mpirun
+from ch15_helpers.disagg.wire_nccl import NcclWire
 from ch15_helpers.disagg.wire_nixl import NixlWire
+from ch15_helpers.errors import TransportError
 
 Medium = Literal["gloo", "nccl", "nixl", "mpi"]
 MEDIA: tuple[Medium, ...] = ("gloo", "nccl", "nixl", "mpi")
@@ -34,12 +36,15 @@ class Place:
         init_method: how torch.distributed finds the others.
         store: (host, port) of a TCPStore that somebody else keeps; used instead where given. It
             outlives every rank.
+        local_rank: place among the ranks of this host, which is the number of its GPU; None is the
+            rank.
     """
 
     rank: int
     world_size: int
     init_method: str = "env://"
     store: tuple[str, int] | None = None
+    local_rank: int | None = None
 
 
 def place_from_environment() -> Place | None:
@@ -50,7 +55,10 @@ def place_from_environment() -> Place | None:
             int(environment["OMPI_COMM_WORLD_RANK"]), int(environment["OMPI_COMM_WORLD_SIZE"])
         )
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return Place(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
+        local = environment.get("LOCAL_RANK", environment["RANK"])
+        return Place(
+            int(environment["RANK"]), int(environment["WORLD_SIZE"]), local_rank=int(local)
+        )
     return None
 
 
@@ -82,15 +90,22 @@ class Joined:
         os._exit(0)
 
 
-def connect(medium: Medium, place: Place, timeout_s: float = 60.0) -> Joined:
+def connect(
+    medium: Medium,
+    place: Place,
+    timeout_s: float = 60.0,
+    pairs: Iterable[tuple[int, int]] | None = None,
+) -> Joined:
     """Meet the other ranks. Every rank must call it.
 
     Args:
         timeout_s: how long to wait for the others (not for MPI, which mpirun has joined already).
+        pairs: (source, target) of the directions that are needed, the same on every rank; NCCL
+            opens these and no others. None is all.
 
     Raises:
         ValueError: no such medium.
-        TransportError: its library is missing.
+        TransportError: its library is missing, or a rank has no GPU of its own.
     """
     if medium not in MEDIA:
         raise ValueError(f"medium must be one of {', '.join(MEDIA)}, got {medium!r}")
@@ -101,23 +116,38 @@ def connect(medium: Medium, place: Place, timeout_s: float = 60.0) -> Joined:
             wire.communicator.Barrier,
             wire.move,
         )
-    options: dict[str, Any] = {}
     if medium == "nccl":
-        device = torch.device("cuda", place.rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        options["device_id"] = device
+        _take_gpu(place)
+    options: dict[str, Any] = {}
     if place.store is not None:
         options["store"] = dist.TCPStore(*place.store, is_master=False)  # type: ignore[attr-defined]
     else:
         options["init_method"] = place.init_method
+    # Over gloo also where blocks travel over NCCL: who meets and waits needs no GPU for that.
     dist.init_process_group(
-        "nccl" if medium == "nccl" else "gloo",
+        "gloo",
         rank=place.rank,
         world_size=place.world_size,
         timeout=timedelta(seconds=timeout_s),
         **options,
     )
-    return Joined(_open(medium, place), dist.barrier, _move)
+    if medium != "nccl":
+        return Joined(_open(medium, place), dist.barrier, _move)
+    store = dist.distributed_c10d._get_default_store()
+    nccl = NcclWire(place.rank, place.world_size, store, pairs, timeout_s)
+    return Joined(nccl, dist.barrier, nccl.move)
+
+
+def _take_gpu(place: Place) -> None:
+    """One GPU for each rank of this host."""
+    count = torch.cuda.device_count()
+    local = place.rank if place.local_rank is None else place.local_rank
+    if not 0 <= local < count:
+        raise TransportError(
+            f"rank {place.rank} needs a GPU of its own for NCCL, and this host has {count}; start "
+            "fewer ranks, or use gloo"
+        )
+    torch.cuda.set_device(local)
 
 
 def _move(tensors: Sequence[Tensor], peer: int, sending: bool) -> None:
@@ -130,8 +160,6 @@ def _move(tensors: Sequence[Tensor], peer: int, sending: bool) -> None:
 def _open(medium: Medium, place: Place) -> Wire:
     if medium == "gloo":
         return GlooWire()
-    if medium == "nccl":
-        return NcclWire()
     return NixlWire(place.rank, place.world_size, all_gather_bytes)
 
 

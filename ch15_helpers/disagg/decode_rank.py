@@ -76,6 +76,7 @@ class DecodeServer(RankServer):
                 self._hear(rank, message)
             if channel.closed:
                 del self._sources[rank]
+                self.peer_gone(rank)
                 for arrival in [*self._waiting, *self._open.values()]:
                     if arrival.source == rank and not arrival.is_complete:
                         self._drop(arrival)

@@ -129,7 +129,8 @@ def start_rank(
         streams = {"stdout": log, "stderr": subprocess.STDOUT}
     return subprocess.Popen(
         [sys.executable, "-m", "ch15_helpers.disagg.worker"],
-        env={**environment, "CH15_RANK": json.dumps(order)},
+        # A stream that waits for a peer must not share a queue with one that computes.
+        env={"CUDA_DEVICE_MAX_CONNECTIONS": "32", **environment, "CH15_RANK": json.dumps(order)},
         stdin=subprocess.DEVNULL,
         **streams,
     )

@@ -95,6 +95,7 @@ class PrefillServer(RankServer):
                 else:
                     self._forget(handover)
             if channel.closed:
+                self.peer_gone(rank)
                 for handover in [h for h in self._open.values() if h.target == rank]:
                     if handover.asked_s is not None:
                         self._lose(handover, f"decode rank {rank} is gone")

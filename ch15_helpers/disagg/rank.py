@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ch15_helpers.disagg.layer_watch import LayerWatch
 from ch15_helpers.disagg.link import LinkModel
 from ch15_helpers.disagg.pool import RegisteredPool
 from ch15_helpers.disagg.rank_wire import RankWire
@@ -71,6 +72,9 @@ class RankServer:
         engine.on_step = self._on_step
         if isinstance(engine.runner, LayerwiseRunner):
             engine.runner.on_layer = self.on_layer
+            if engine.model.device.type == "cuda":
+                stream = torch.cuda.Stream(engine.model.device)  # type: ignore[no-untyped-call]
+                engine.runner.watch = LayerWatch(stream, self.pump)
         self.overlap = True
         self.counts: Counter[str] = Counter()
         self._peaks = {"max_batch": 0, "peak_blocks": 0}
@@ -156,6 +160,10 @@ class RankServer:
     def on_layer(self, step: Step, layer: int) -> None:
         """A layer of the running step is done."""
         self.pump()
+
+    def peer_gone(self, rank: int) -> None:
+        """A rank of the other side is gone, and with it whatever was under way."""
+        self.wire.lose(rank, f"rank {rank} is gone")
 
     def cancel(self, attempt: int) -> None:
         """Nobody wants this attempt any more."""

@@ -12,6 +12,7 @@ from ch15_helpers.disagg.fabric import Fabric, FabricWire
 from ch15_helpers.disagg.faults import damage
 from ch15_helpers.disagg.link import LinkModel
 from ch15_helpers.disagg.wire import Wire, WireMessage
+from ch15_helpers.disagg.wire_nccl import NcclWire
 
 WireFault = Literal["stall", "drop_completion", "corrupt", "exchange"]
 """``stall``: a message that is sent, and all after it on its channel, move only after ``mend``.
@@ -67,8 +68,7 @@ class RankWire:
             self._inner.start(going)
 
     def _passes(self, message: WireMessage) -> bool:
-        lane = message.peer, message.channel
-        if message.sending and any((m.peer, m.channel) == lane for m in self._stalled):
+        if message.sending and any(self._same_lane(message, m) for m in self._stalled):
             self._stalled.append(message)  # a channel keeps its order
             return False
         fault = self._faults[0] if self._faults else None
@@ -84,6 +84,14 @@ class RankWire:
             message.seal()
             damage(message.buffer, message.num_blocks, fault, 0)
         return True
+
+    def _same_lane(self, one: WireMessage, other: WireMessage) -> bool:
+        return one.peer == other.peer and (self.in_order or one.channel == other.channel)
+
+    def lose(self, peer: int, reason: str) -> None:
+        """A peer is gone: a medium that does not notice ends its messages now."""
+        if isinstance(self._base, NcclWire):
+            self._base.lose(peer, reason)
 
     def finished(self) -> list[tuple[WireMessage, str | None]]:
         done = self._inner.finished()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from typing import Any, Literal, get_args
 
 from ch15_helpers.disagg.connect import MEDIA, Medium
@@ -91,6 +92,11 @@ class DisaggSpec:
     def num_ranks(self) -> int:
         """Engine processes."""
         return self.num_prefill + self.num_decode
+
+    @property
+    def directions(self) -> list[tuple[int, int]]:
+        """(source, target) of what travels: each prefill rank sends to each decode rank."""
+        return list(product(range(self.num_prefill), range(self.num_prefill, self.num_ranks)))
 
     def role(self, rank: int) -> Role:
         """Prefill ranks come first."""

@@ -8,12 +8,14 @@ they are filled (DistServe, Zhong et al., OSDI 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from ch15_helpers.disagg.layer_graphs import LayerGraphs
+from ch15_helpers.disagg.layer_watch import LayerWatch
 from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.serving.batch_builder import HostBatch
@@ -37,9 +39,11 @@ class LayerwiseRunner(ModelRunner):
     Attributes:
         on_layer: called during a step, after each layer; None for nobody.
         layer_graphs: captured prompts that can be watched, or None.
+        watch: on a GPU, waits for each layer before it is reported; None reports launches.
     """
 
     on_layer: LayerDone | None = None
+    watch: LayerWatch | None = None
     layer_graphs: LayerGraphs | None = None
     _step: Step | None = None
 
@@ -54,27 +58,37 @@ class LayerwiseRunner(ModelRunner):
     def _replay(self, host: HostBatch) -> tuple[Tensor, Tensor] | None:
         if self.layer_graphs is None:
             return super()._replay(host)
+        with self._reporting() as seen:
+            return self.layer_graphs.run_layers(host, seen)
+
+    def _execute(self, token_ids: Tensor, positions: Tensor, batch: BatchMetadata) -> Tensor:
+        if self._step is None or self.on_layer is None:  # warming up, or nobody listens
+            return super()._execute(token_ids, positions, batch)
+        with self._reporting() as seen:
+            return self.model.forward(
+                token_ids,
+                positions,
+                self.cache.pages,
+                batch,
+                attention_backend=self.attention_backend,
+                on_layer_done=seen,
+                kv_scales=self.cache.scales,
+            )
+
+    @contextmanager
+    def _reporting(self) -> Iterator[Callable[[int], None]]:
+        """What to call with each layer of the running step."""
         step, report = self._step, self.on_layer
 
         def seen(layer: int) -> None:
             if step is not None and report is not None:
                 report(step, layer)
 
-        return self.layer_graphs.run_layers(host, seen)
-
-    def _execute(self, token_ids: Tensor, positions: Tensor, batch: BatchMetadata) -> Tensor:
-        step, report = self._step, self.on_layer
-        if step is None or report is None:  # warming up, or nobody listens
-            return super()._execute(token_ids, positions, batch)
-        return self.model.forward(
-            token_ids,
-            positions,
-            self.cache.pages,
-            batch,
-            attention_backend=self.attention_backend,
-            on_layer_done=lambda layer: report(step, layer),
-            kv_scales=self.cache.scales,
-        )
+        if self.watch is None or step is None or report is None:
+            yield seen
+            return
+        with self.watch.following(seen) as launched:
+            yield launched
 
 
 class PrefillEngine(Engine):

@@ -110,6 +110,13 @@ class BlockTransport:
         self._send_s = 0.0
 
     @property
+    def pool(self) -> RegisteredPool:
+        """The pool that is registered. Raises TransportError when there is none."""
+        if self._freight is None:
+            raise TransportError("no pool is registered; call register first")
+        return self._freight.pool
+
+    @property
     def num_pending(self) -> int:
         """Transfers that are not over."""
         return len(self._active)
@@ -217,9 +224,7 @@ class BlockTransport:
         timeout_s: float | None,
         lease: Lease | None,
     ) -> Transfer:
-        if self._freight is None:
-            raise TransportError("no pool is registered; call register first")
-        pool = self._freight.pool
+        pool = self.pool
         if not 0 <= peer < self.wire.world_size or peer == self.rank:
             raise TransportError(
                 f"rank {peer} is not a peer of rank {self.rank} of {self.wire.world_size}"
@@ -238,8 +243,10 @@ class BlockTransport:
         if lease is not None and not set(lease.blocks).issuperset(blocks):
             raise TransportError("the lease does not cover all blocks of the transfer")
         self._active[transfer] = None
-        # Some layers of several blocks are never neighbours; both sides must divide alike.
-        self._enqueue(transfer, pool.row_bytes(part), part.layers == pool.whole.layers)
+        # Some layers of several blocks are never neighbours; both sides must divide alike. A GPU
+        # gathers faster than a link moves, so that there one long piece is better.
+        apart = part.layers == pool.whole.layers and self.wire.device.type == "cpu"
+        self._enqueue(transfer, pool.row_bytes(part), apart)
         self._progress()
         return transfer
 

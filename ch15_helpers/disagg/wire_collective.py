@@ -1,11 +1,8 @@
-"""Messages over torch.distributed: gloo between CPUs, NCCL between GPUs.
+"""Messages over torch.distributed's gloo, between CPUs.
 
 gloo reports that a receive is complete only to whoever waits for it, and a wait that times out
 closes the connection. So each channel in use has a thread that waits without a limit; deadlines are
 the transport's affair, and what arrives after them is dropped there.
-
-NCCL has neither tags nor cancellation. Operations between two ranks are matched in the order in
-which they are started, so both sides must start their transfers in the same order.
 """
 
 from __future__ import annotations
@@ -134,66 +131,3 @@ class GlooWire:
                     self._idle.append(worker)
                 self._changed.notify_all()
             del work, works, item, message
-
-
-class NcclWire:
-    """One rank's end of a NCCL process group, on a stream of its own.
-
-    Everything that is started together goes as one batch of isend and irecv. The group must have
-    been initialised with ``device_id``, so that its communicator exists before the first batch.
-    """
-
-    window = 8
-    in_order = True
-    zero_copy = True
-
-    def __init__(self, group: Any = None) -> None:
-        """``group`` is a process group that nobody else uses; None is the default group."""
-        if not dist.is_initialized() or dist.get_backend(group) != "nccl":
-            raise TransportError("NcclWire needs an initialised torch.distributed group of NCCL")
-        self._group = group
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._batches: deque[tuple[torch.cuda.Event, list[WireMessage]]] = deque()
-
-    def new_buffer(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-
-    def start(self, messages: Sequence[WireMessage]) -> None:
-        operations = [
-            dist.P2POp(
-                dist.isend if message.sending else dist.irecv,
-                piece,
-                group=self._group,
-                group_peer=message.peer,
-            )
-            for message in messages
-            for piece in message.take()
-        ]
-        # Messages were packed on the current stream just now, and old buffers were read there.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()  # makes the stream wait, not the host
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        self._batches.append((event, list(messages)))
-
-    def finished(self) -> list[tuple[WireMessage, str | None]]:
-        done: list[tuple[WireMessage, str | None]] = []
-        while self._batches and self._batches[0][0].query():  # type: ignore[no-untyped-call]
-            event, messages = self._batches.popleft()
-            torch.cuda.current_stream(self.device).wait_event(event)
-            done += [(message, None) for message in messages]
-        return done
-
-    def next_event_s(self) -> float | None:
-        return None
-
-    def wait(self, timeout_s: float) -> None:
-        # An event cannot be waited for with a limit; the transport polls again at once.
-        del timeout_s
-
-    def close(self) -> None:
-        self._batches.clear()

@@ -48,7 +48,7 @@ def _server(spec: DisaggSpec, order: Mapping[str, Any], channel: Channel) -> Ran
     torch.set_grad_enabled(False)
     rank = order["rank"]
     model = load_on_rank(spec.model, spec.device, spec.dtype, order["local_rank"])
-    joined = _meet(spec, rank, order["store"])
+    joined = _meet(spec, order)
     about = {"op": "ready", "device": str(model.device)}
     if spec.role(rank) == "prefill":
         engine: Engine = PrefillEngine(model, spec.engine_config("prefill"), clock=time.monotonic)
@@ -65,9 +65,11 @@ def _server(spec: DisaggSpec, order: Mapping[str, Any], channel: Channel) -> Ran
     return server
 
 
-def _meet(spec: DisaggSpec, rank: int, store: Any) -> Joined:
-    place = Place(rank, spec.num_ranks, store=(store[0], store[1]) if store[1] else None)
-    return connect(spec.transport, place, timeout_s=_MEET_S)
+def _meet(spec: DisaggSpec, order: Mapping[str, Any]) -> Joined:
+    host, port = order["store"]
+    store = (host, port) if port else None
+    place = Place(order["rank"], spec.num_ranks, store=store, local_rank=order["local_rank"])
+    return connect(spec.transport, place, timeout_s=_MEET_S, pairs=spec.directions)
 
 
 def main() -> None:
