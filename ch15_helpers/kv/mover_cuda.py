@@ -4,7 +4,9 @@ Demotion: a gather on the compute stream puts the blocks into a buffer on the de
 speed), and the slow copy over the link leaves from there on its own stream. So compute may
 overwrite the blocks as soon as ``store`` returns, and waits for the link only when both halves of
 the buffer are still on their way. Promotion: a stream of its own, which first waits for what
-compute was given before, since that may still read the blocks' old content.
+compute was given before, since that may still read the blocks' old content. To and from a peer
+device, kernels of this device read and write the peer's memory themselves, all blocks in one
+launch: a copy for each block would take the host longer than the link.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from ch15_helpers.kernels.row_copy import can_copy_between, copy_rows, open_peer
 from ch15_helpers.kv.mover import runs
 from ch15_helpers.kv.payload import BlockPayload
 from ch15_helpers.kv.ticket import Ticket
@@ -40,6 +43,10 @@ class CudaMover:
         self._device = device
         self._out, self._in = _stream(device), _stream(device)
         self._peer_streams = [] if peer is None else [_stream(peer)]
+        # The peer whose memory this device's kernels reach, or None.
+        self._reached = peer if peer is not None and can_copy_between(device, peer) else None
+        if self._reached is not None:
+            open_peer(device, self._reached)
         self._chunk = staging_blocks
         size = (staging_blocks, payload.num_bytes)
         self._stage_out = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -80,9 +87,7 @@ class CudaMover:
             with self._on(self._out):
                 if at == 0:
                     begin.record(self._out)
-                for start, n in runs(range(len(some)), to, self._longest):
-                    target = rows[to[start] : to[start] + n]
-                    target.copy_(buffer[start : start + n], non_blocking=True)
+                self._send(buffer, rows, to)
             self._sent[half] = self._out.record_event()
         end = _timed_event()
         end.record(self._out)
@@ -102,7 +107,10 @@ class CudaMover:
         begin, end = _timed_event(), _timed_event()
         with self._on(self._in):
             begin.record(self._in)
-            if self.direct:
+            if self._payload.contiguous and rows.device == self._reached:
+                for part, first, last in self._payload.flat():
+                    self._copy(rows[:, first:last], slots, part, blocks)
+            elif self.direct:
                 for part, first, last in self._payload.flat():
                     for start, n in runs(slots, blocks, self._longest):
                         source = rows[slots[start] : slots[start] + n, first:last]
@@ -130,12 +138,24 @@ class CudaMover:
         for at in range(0, len(slots), self._chunk):
             some = slots[at : at + self._chunk]
             buffer = self._stage_in[: len(some)]
-            for start, n in runs(some, range(len(some)), self._longest):
-                source = rows[some[start] : some[start] + n]
-                buffer[start : start + n].copy_(source, non_blocking=True)
+            if rows.device == self._reached:
+                self._copy(rows, some, buffer, range(len(some)))
+            else:
+                for start, n in runs(some, range(len(some)), self._longest):
+                    source = rows[some[start] : some[start] + n]
+                    buffer[start : start + n].copy_(source, non_blocking=True)
             ids = self._ids(blocks[at : at + self._chunk])
             for part, view in zip(self._payload.parts, self._payload.views(buffer), strict=True):
                 part.index_copy_(0, ids, view)
+
+    def _send(self, buffer: Tensor, rows: Tensor, slots: Sequence[int]) -> None:
+        """The buffer's rows into slots, on the current stream."""
+        if rows.device == self._reached:
+            self._copy(buffer, range(len(slots)), rows, slots)
+            return
+        for start, n in runs(range(len(slots)), slots, self._longest):
+            target = rows[slots[start] : slots[start] + n]
+            target.copy_(buffer[start : start + n], non_blocking=True)
 
     def _gather(self, blocks: Sequence[int], buffer: Tensor) -> None:
         """Blocks into rows [n, payload bytes], on the current stream."""
@@ -146,9 +166,17 @@ class CudaMover:
             else:
                 view.copy_(part.index_select(0, ids))
 
-    def _ids(self, blocks: Sequence[int]) -> Tensor:
-        ids = torch.tensor(blocks, dtype=torch.int64).pin_memory()
+    def _ids(self, numbers: Sequence[int]) -> Tensor:
+        """Numbers, int64 [n], on the device when the current stream gets there."""
+        ids = torch.tensor(numbers, dtype=torch.int64).pin_memory()
         return ids.to(self._device, non_blocking=True)
+
+    def _copy(
+        self, source: Tensor, from_rows: Sequence[int], target: Tensor, to_rows: Sequence[int]
+    ) -> None:
+        """Rows of this device or of the peer, in one launch on the current stream."""
+        ids = torch.tensor([from_rows, to_rows], dtype=torch.int32).pin_memory()
+        copy_rows(source, target, ids.to(self._device, non_blocking=True))
 
     def _on(self, stream: torch.cuda.Stream) -> ExitStack:
         """Make ``stream`` current, and a side stream on the peer: a copy between two devices is
