@@ -65,12 +65,20 @@ class ReplicaServer:
             for attempt in message["attempts"]:
                 self.engine.abort(str(attempt))
         elif operation == "reset":
-            self._use(Engine(self.engine.model, self.engine.config))
+            self._reset()
         elif operation == "damage":
             for block in range(self.engine.cache.num_blocks):
                 self.engine.cache.corrupt_block(block, "scramble")
         elif operation == "stop":
             self._stopped = True
+
+    def _reset(self) -> None:
+        """Forget the cache. An idle engine stays: its captured steps take seconds to make again."""
+        prefix = self.engine.scheduler.residency.prefix
+        if self.engine.has_unfinished or self.engine.offload is not None:
+            self._use(Engine(self.engine.model, self.engine.config))
+        elif prefix is not None:
+            prefix.clear()
 
     def _submit(self, message: Message) -> None:
         attempt = message["attempt"]
