@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ch15_helpers.errors import MoEError
+from ch15_helpers.moe.captured import CapturedCall
 from ch15_helpers.moe.drift_study import DriftStudy
 from ch15_helpers.moe.expert_parallel import ExpertParallelConfig
 from ch15_helpers.moe.launch import (
@@ -18,11 +19,13 @@ from ch15_helpers.moe.launch import (
     layer_rows,
     model_rows,
     read_answers,
+    stack_rows,
 )
 from ch15_helpers.moe.model_study import ModelStudy, ModelVersion
 from ch15_helpers.moe.modelled_link import ModelledLink
 from ch15_helpers.moe.placement import ExpertPlacement
 from ch15_helpers.moe.rebalance import serve_under_drift
+from ch15_helpers.moe.stack_study import StackStudy, StackVersion
 from ch15_helpers.moe.study import LayerStudy, Version, make_link
 from ch15_helpers.moe.topics import route_topics
 from ch15_helpers.moe.traffic import count_links
@@ -120,7 +123,18 @@ def test_three_studies_on_one_start_of_the_processes():
         num_ranks=2, num_experts=8, top_k=2, hidden=32, inner=16, slots_per_rank=6, tokens=200,
         num_batches=12, interval=4, window=4, skew=1.2, shift_at=6,
     )  # fmt: skip
-    parts = launch_studies([layer, model, drift])
+    ways = (StackVersion("whole"), StackVersion("two", 2, overlap=True))
+    stack = StackStudy(
+        2, "TINY_MOE", 2, ways, ((2, 5), (3, 1)), shared_inner=16, dtype="float32", device="cpu",
+        iterations=2,
+    )  # fmt: skip
+    parts = launch_studies([layer, model, drift, stack])
+    stacked = stack_rows(parts[3])
+    assert [(r.version, r.sequences, r.length) for r in stacked] == [
+        (way.name, *point) for point in stack.points for way in ways
+    ]
+    assert max(row.error for row in stacked) < 1e-5
+    assert min(min(row.samples_s) for row in stacked) > 0
     plain, bare, held, shifted = layer_rows(parts[0])
     assert bare.links == plain.links == held.links
     assert max(plain.error, held.error) < 1e-6 < 0.1 < shifted.error
@@ -180,3 +194,18 @@ def test_experts_of_a_topic_work_together():
     assert 0.78 < alone < 0.9
     with pytest.raises(MoEError, match="topics of 3 experts"):
         route_topics(5, 12, 4, 4)
+
+
+def test_what_a_gpu_must_do_is_not_asked_of_cpus():
+    fixed = ExpertParallelConfig(max_tokens=8)
+    with pytest.raises(MoEError, match="messages of a fixed size"):
+        Version("graph", captured=True)
+    with pytest.raises(MoEError, match="ranks on GPUs"):
+        dataclasses.replace(STUDY, versions=(Version("graph", fixed, captured=True),))
+    with pytest.raises(MoEError, match="ranks on GPUs"):
+        StackStudy(2, "TINY_MOE", 1, (StackVersion("graph", captured=True),), ((1, 1),),
+                   device="cpu")  # fmt: skip
+    with pytest.raises(MoEError, match="2 sequences or more"):
+        StackStudy(2, "TINY_MOE", 1, (StackVersion("two", 2),), ((1, 1),))
+    with pytest.raises(MoEError, match="expected a CUDA device"):
+        CapturedCall(torch.neg, torch.zeros(1))

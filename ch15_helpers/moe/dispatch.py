@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,11 @@ from torch import Tensor
 from ch15_helpers.errors import MoEError
 from ch15_helpers.kernels.dispatch import use_triton
 from ch15_helpers.kernels.moe_permute import sort_by_expert
+from ch15_helpers.moe.device_copies import (
+    DeviceCopies,
+    make_device_copies,
+    sum_device_copies,
+)
 from ch15_helpers.moe.modelled_link import ModelledLink, hold_until
 from ch15_helpers.moe.wire import WireFormat
 
@@ -125,11 +130,6 @@ def sum_copies(rows: Tensor, copies: Copies, dtype: torch.dtype) -> Tensor:
         rows: [C, hidden], results in the order of the copies. A token without copies gets zeros.
     """
     num_tokens, hidden = copies.positions.shape[0], rows.shape[1]
-    if num_tokens and len(rows) and use_triton(rows):
-        from ch15_helpers.kernels.moe_permute_triton import combine_triton
-
-        ones = torch.ones_like(copies.positions, dtype=torch.float32)
-        return combine_triton(rows, copies.positions.int().flatten(), ones).to(dtype)
     out = torch.zeros(num_tokens, hidden, dtype=torch.float32, device=rows.device)
     tokens = copies.tokens[: len(rows)]
     if copies.valid is not None:
@@ -237,7 +237,7 @@ class Trip:
         sent, received: rows to and from each rank of the group.
     """
 
-    copies: Copies
+    copies: Copies | DeviceCopies
     sent: list[int]
     received: list[int]
 
@@ -251,7 +251,8 @@ class Dispatcher:
         wire: layout of the rows; ``entries`` is the router's top k, or 1 without deduplication.
         combine_dtype: type in which results travel back.
         fixed_rows: each message has so many rows, and no counts are traded: nothing waits for the
-            host. Needs ``dedup``, and no batch may have more tokens than that.
+            host. Needs ``dedup``, and no batch may have more tokens than that. Batches that are
+            planned together share them.
     """
 
     def __init__(
@@ -275,24 +276,32 @@ class Dispatcher:
     def plan(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Trip]:
         """Agree on the counts of some batches at once: (weights, global slots) of each."""
         fixed, size = self.fixed_rows, self.exchange.size
+        if fixed is not None:  # as if one batch had been cut
+            fixed = -(-fixed // max(1, len(batches)))
         most = max((len(slots) for _, slots in batches), default=0)
         if fixed is not None and most > fixed:
             raise MoEError(f"a batch has {most} tokens, messages are made for {fixed}")
+        narrow = self.wire.dtype.itemsize <= 4  # kernels add in float32
+        fused = narrow and all(use_triton(slots) for _, slots in batches)
+        make: Callable[..., Copies | DeviceCopies] = make_device_copies if fused else make_copies
         made = [
-            make_copies(slots, weights, self._size, size, self.dedup, fixed)
-            for weights, slots in batches
+            make(slots, weights, self._size, size, self.dedup, fixed) for weights, slots in batches
         ]
         if fixed is not None:
             return [Trip(copies, [fixed] * size, [fixed] * size) for copies in made]
-        sent, received = self.exchange.counts(torch.stack([c.counts for c in made], dim=1))
+        counts = [c.counts for c in made if c.counts is not None]
+        sent, received = self.exchange.counts(torch.stack(counts, dim=1))
         return [Trip(*parts) for parts in zip(made, sent, received, strict=True)]
 
     def start_dispatch(self, x: Tensor, trip: Trip) -> Pending:
         """Pack [num_tokens, hidden] and send; what arrives is for :meth:`unpack`."""
         copies, num_rows = trip.copies, sum(trip.sent)
         source = x if len(x) else x.new_zeros(1, x.shape[1])  # padding of an empty batch
-        chosen = (part[:num_rows] for part in (copies.tokens, copies.slots, copies.weights))
-        packed = self.wire.encode(source, *chosen)
+        if isinstance(copies, DeviceCopies):
+            packed = self.wire.pack(source, copies, num_rows)
+        else:
+            chosen = (part[:num_rows] for part in (copies.tokens, copies.slots, copies.weights))
+            packed = self.wire.encode(source, *chosen)
         return self.exchange.start("dispatch", packed, trip.sent, trip.received)
 
     def unpack(self, arrived: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,4 +316,6 @@ class Dispatcher:
 
     def finish(self, returned: Tensor, trip: Trip, dtype: torch.dtype) -> Tensor:
         """[num_tokens, hidden] of the results that came back."""
+        if isinstance(trip.copies, DeviceCopies):
+            return sum_device_copies(returned, trip.copies, dtype)
         return sum_copies(returned, trip.copies, dtype)

@@ -23,9 +23,9 @@ from ch15_helpers.moe.expert_parallel import ExpertParallel
 from ch15_helpers.moe.experts import ExpertWeights
 from ch15_helpers.moe.overlap import timed_together
 from ch15_helpers.moe.placement import ExpertPlacement
+from ch15_helpers.moe.random_experts import random_experts, relative_error
 from ch15_helpers.moe.rebalance import keep_in_place, rebalance
 from ch15_helpers.moe.routing import SyntheticRouter, expert_counts
-from ch15_helpers.moe.study import random_experts, relative_error
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ class ExpertParallel:
     def plan(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[Trip]:
         """Agree with the other ranks on the copies of some batches: (weights, experts) of each."""
         chosen = []
-        self.dropped.zero_()
+        if self.config.capacity_factor is not None:
+            self.dropped.zero_()
         for weights, experts in batches:
             kept = self._limit(experts)
             chosen.append((weights, self._choose(kept)))

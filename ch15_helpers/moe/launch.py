@@ -22,9 +22,10 @@ from ch15_helpers.errors import MoEError
 from ch15_helpers.moe.drift_study import DriftRow, DriftStudy
 from ch15_helpers.moe.model_study import ModelRow, ModelStudy
 from ch15_helpers.moe.overlap_model import PhaseTimes
+from ch15_helpers.moe.stack_study import StackRow, StackStudy
 from ch15_helpers.moe.study import LayerStudy, StudyRow
 
-Study = LayerStudy | ModelStudy | DriftStudy
+Study = LayerStudy | ModelStudy | DriftStudy | StackStudy
 Parts = tuple[dict[str, Any], ...]
 """One row as plain data, from every rank."""
 
@@ -45,8 +46,8 @@ def launch_studies(studies: Sequence[Study], timeout_s: float = 300.0) -> list[l
     """Run some studies on the same processes, which start once.
 
     Returns:
-        Rows of each study, as each rank wrote them: for :func:`layer_rows`, :func:`model_rows` or
-        :func:`drift_rows`.
+        Rows of each study, as each rank wrote them: for :func:`layer_rows`, :func:`model_rows`,
+        :func:`stack_rows` or :func:`drift_rows`.
 
     Raises:
         MoEError: studies for other numbers of ranks or other devices; or as ``launch_study``.
@@ -158,6 +159,17 @@ def model_rows(rows: Sequence[Parts]) -> list[ModelRow]:
         )
         for parts in rows
     ]
+
+
+def stack_rows(rows: Sequence[Parts]) -> list[StackRow]:
+    """Rows of a ``StackStudy`` put together: the largest error."""
+    return [
+        StackRow(
+            parts[0]["version"], parts[0]["sequences"], parts[0]["length"],
+            tuple(parts[0]["samples_s"]), max(part["error"] for part in parts),
+        )
+        for parts in rows
+    ]  # fmt: skip
 
 
 def drift_rows(rows: Sequence[Parts]) -> list[DriftRow]:

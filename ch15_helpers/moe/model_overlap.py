@@ -12,6 +12,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from ch15_helpers.errors import MoEError
 from ch15_helpers.kernels.linear import linear
 from ch15_helpers.kernels.rms_norm import rms_norm
+from ch15_helpers.model.moe import MoEBlock
 from ch15_helpers.model.transformer import DecoderLayer, Transformer
 from ch15_helpers.moe.expert_parallel import ExpertParallelBlock
 from ch15_helpers.moe.overlap import OverlapLayer, forward_micro_batches
@@ -28,7 +29,7 @@ def overlap_layers(model: Transformer, length: int) -> list[OverlapLayer]:
         block = layer.mlp
         if not isinstance(block, ExpertParallelBlock):
             raise MoEError("every layer needs expert parallelism: call shard_experts first")
-        layers.append(OverlapLayer(partial(_before, model, layer, length), block.layer))
+        layers.append(OverlapLayer(partial(before_experts, model, layer, length), block.layer))
     return layers
 
 
@@ -58,7 +59,7 @@ def forward_dense_overlapped(
     ]
 
 
-def _before(
+def before_experts(
     model: Transformer, layer: DecoderLayer, length: int, residual: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention, norm and router: see ``OverlapLayer.before``."""
@@ -73,5 +74,5 @@ def _before(
     mixed = mixed.transpose(1, 2).reshape(len(residual), -1)
     residual = residual + linear(mixed, layer.o_proj, layer.o_bias)
     x = rms_norm(residual, layer.post_attention_norm, eps)
-    assert isinstance(layer.mlp, ExpertParallelBlock)
+    assert isinstance(layer.mlp, MoEBlock)
     return residual, x, *layer.mlp.route(x)

@@ -108,10 +108,14 @@ class SlotChooser:
         width = max(len(slots) for slots in usable)
         padded = [slots + slots[:1] * (width - len(slots)) for slots in usable]
         self._table = torch.tensor(padded, device=device)
+        # The even placement, where nothing is left over: an expert's number is its slot.
+        self._is_identity = padded == [[expert] for expert in range(self.num_experts)]
         self._counts = torch.tensor([len(slots) for slots in usable], device=device)
 
     def __call__(self, experts: Tensor) -> Tensor:
         """Global slots, int64 in the shape of ``experts``; -1 stays -1."""
+        if self._is_identity:
+            return experts
         known = experts.clamp(min=0)
         if self._table.shape[1] == 1:
             slots = self._table[known, 0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ch15_helpers.errors import MoEError
+from ch15_helpers.moe.captured import CapturedCall
 from ch15_helpers.moe.dispatch import Link
 from ch15_helpers.moe.expert_parallel import ExpertParallel, ExpertParallelConfig
 from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
@@ -26,6 +27,7 @@ from ch15_helpers.moe.modelled_link import ModelledLink
 from ch15_helpers.moe.overlap import forward_overlapped, forward_sequential, time_versions
 from ch15_helpers.moe.overlap_model import PhaseTimes
 from ch15_helpers.moe.placement import ExpertPlacement
+from ch15_helpers.moe.random_experts import random_experts, random_shared, relative_error
 from ch15_helpers.moe.routing import SyntheticRouter
 from ch15_helpers.moe.topics import route_topics
 from ch15_helpers.moe.topology import NodeGroups, make_expert_parallel, make_node_groups
@@ -43,6 +45,7 @@ class Version:
         link: numbers of a ``ModelledLink``, in its order; None is the real link alone.
         bare: the collectives of this version with the same sizes, and nothing else: their limit.
         shift: a mutation that results must show: every rank holds its experts one slot too far.
+        captured: replayed from a CUDA graph; needs messages of a fixed size.
     """
 
     name: str
@@ -53,8 +56,11 @@ class Version:
     link: tuple[float, ...] | None = None
     bare: bool = False
     shift: bool = False
+    captured: bool = False
 
     def __post_init__(self) -> None:
+        if self.captured and self.config.max_tokens is None:
+            raise MoEError(f"version {self.name!r}: captured needs messages of a fixed size")
         if self.config.ranks_per_node is not None and self.bare:
             raise MoEError(f"version {self.name!r}: bare is for one level of dispatch")
 
@@ -98,6 +104,8 @@ class LayerStudy:
             raise MoEError(f"dtype {self.dtype!r}; expected float32, float16 or bfloat16")
         if self.device != "cpu" and any(version.link for version in self.versions):
             raise MoEError("a modelled link holds up the host: it needs ranks on the CPU")
+        if self.device == "cpu" and any(version.captured for version in self.versions):
+            raise MoEError("a captured version needs ranks on GPUs: device is 'cpu'")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -121,6 +129,7 @@ class LayerStudy:
                     entry["name"], ExpertParallelConfig(**config), entry["overlap"],
                     entry["num_chunks"], slots and tuple(tuple(row) for row in slots),
                     entry["link"] and tuple(entry["link"]), entry["bare"], entry["shift"],
+                    entry["captured"],
                 )
             )  # fmt: skip
         tokens = tuple(tuple(sizes) for sizes in fields["tokens"])
@@ -215,10 +224,11 @@ def bare_call(layer: ExpertParallel, batch: tuple[Tensor, Tensor, Tensor]) -> Ca
     size, wire = layer.row_bytes
     out = torch.zeros(sum(trip.sent), wire, dtype=torch.uint8, device=x.device)
     back = torch.zeros(sum(trip.received), size, dtype=torch.uint8, device=x.device)
-    counts = trip.copies.counts[:, None]
+    counts = trip.copies.counts
 
     def run() -> Tensor:
-        layer.exchange.counts(counts)
+        if layer.config.max_tokens is None and counts is not None:
+            layer.exchange.counts(counts[:, None])
         layer.exchange.start("dispatch", out, trip.sent, trip.received).wait()
         layer.exchange.start("combine", back, trip.received, trip.sent).wait()
         return x
@@ -234,21 +244,18 @@ def _run_point(
     batch: tuple[Tensor, Tensor, Tensor],
     expected: Tensor,
 ) -> list[StudyRow]:
-    calls: dict[str, Callable[[], Tensor]] = {}
-    for version, layer in zip(study.versions, layers, strict=True):
-        if version.bare:
-            calls[version.name] = bare_call(layer, batch)
-        elif version.overlap:
-            calls[version.name] = partial(
-                forward_overlapped, layer, *batch, shared, version.num_chunks
-            )
-        else:
-            calls[version.name] = partial(forward_sequential, layer, *batch, shared)
+    calls = {
+        version.name: _call(version, layer, shared, batch)
+        for version, layer in zip(study.versions, layers, strict=True)
+    }
     results = []
     for version, layer in zip(study.versions, layers, strict=True):
+        call = calls[version.name]
+        counted = _call(replace(version, captured=False), layer, shared, batch)
         before = layer.link_bytes
-        out = calls[version.name]()
+        out = counted()
         links = layer.link_bytes - before
+        out = call() if version.captured else out  # a replay counts nothing
         error = 0.0 if version.bare else relative_error(out, expected)
         results.append((error, links))
     times = time_versions(calls, batch[0].device, iterations=study.iterations, warmup=study.warmup)
@@ -259,6 +266,24 @@ def _run_point(
         )
         for version, layer, (error, links) in zip(study.versions, layers, results, strict=True)
     ]  # fmt: skip
+
+
+def _call(
+    version: Version,
+    layer: ExpertParallel,
+    shared: SharedExpert | None,
+    batch: tuple[Tensor, Tensor, Tensor],
+) -> Callable[[], Tensor]:
+    if version.bare:
+        run = bare_call(layer, batch)
+        return run if not version.captured else CapturedCall(lambda *_: run(), *batch).replay
+    run_layer: Callable[..., Tensor] = partial(forward_sequential, layer, shared=shared)
+    if version.overlap:
+        chunks = version.num_chunks
+        run_layer = partial(forward_overlapped, layer, shared=shared, num_chunks=chunks)
+    if version.captured:
+        return CapturedCall(run_layer, *batch).replay
+    return partial(run_layer, *batch)
 
 
 def measure_phases(
@@ -290,31 +315,6 @@ def measure_phases(
     )  # fmt: skip
 
 
-def relative_error(out: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of ``expected``; 0 for no rows."""
-    if not expected.numel():
-        return 0.0
-    difference = (out.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp(min=1e-30))
-
-
-def random_experts(
-    num_experts: int,
-    hidden: int,
-    inner: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator,
-) -> ExpertWeights:
-    """Experts that keep the size of what they get; the same for equal generators."""
-
-    def normal(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        return values.mul_(shape[-1] ** -0.5)
-
-    return ExpertWeights(normal(num_experts, 2 * inner, hidden), normal(num_experts, hidden, inner))
-
-
 def _make_weights(
     study: LayerStudy, device: torch.device
 ) -> tuple[ExpertWeights, SharedExpert | None]:
@@ -322,7 +322,4 @@ def _make_weights(
     generator = torch.Generator(device).manual_seed(study.seed)
     dtype, hidden = getattr(torch, study.dtype), study.hidden
     weights = random_experts(study.num_experts, hidden, study.inner, dtype, device, generator)
-    if not study.shared_inner:
-        return weights, None
-    one = random_experts(1, hidden, study.shared_inner, dtype, device, generator)
-    return weights, SharedExpert(one.gate_up[0], one.down[0])
+    return weights, random_shared(hidden, study.shared_inner, dtype, device, generator)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ch15_helpers.kernels.dispatch import use_triton
 from ch15_helpers.kernels.moe_fp8 import FP8
+from ch15_helpers.moe.device_copies import DeviceCopies
 
 _ALIGN = 32  # bytes of the hidden state and of the row: 16 bfloat16, as bulk copies want them
 _LARGEST = 448.0  # torch.finfo(FP8).max
@@ -67,14 +69,35 @@ class WireFormat:
         factors.copy_(weights)
         return wire
 
+    def pack(self, x: Tensor, copies: DeviceCopies, num_rows: int) -> Tensor:
+        """:meth:`encode` of the first ``num_rows`` copies in one launch, on a GPU."""
+        from ch15_helpers.kernels.wire_rows_triton import pack_rows_triton
+
+        wire = torch.empty(num_rows, self.row_bytes, dtype=torch.uint8, device=x.device)
+        slots, weights = copies.slots, copies.weights
+        parts, order, size = self._typed_parts(wire), copies.order, copies.size
+        pack_rows_triton(x, parts, slots, weights, order, size, self.block)
+        return wire
+
     def decode(self, wire: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [R, hidden] in ``dtype``, slots int64 and weights float32 [R, entries]."""
+        """Hidden states [R, hidden] in ``dtype``, slots and weights float32 [R, entries].
+
+        Slots are int64, or int32 on a GPU.
+        """
+        if self.dtype.itemsize <= 4 and use_triton(wire):
+            from ch15_helpers.kernels.wire_rows_triton import unpack_rows_triton
+
+            return unpack_rows_triton(self._typed_parts(wire), self.block, dtype)
         payload, scales, ids, factors = self._parts(wire)
         if self.dtype == FP8:
             rows = dequantise_rows(payload.contiguous().view(FP8), scales, self.block, dtype)
         else:
             rows = payload.to(dtype)
         return rows, ids.long(), factors.contiguous()
+
+    def _typed_parts(self, wire: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        payload, *words = self._parts(wire)
+        return payload.view(self.dtype), words[0], words[1], words[2]
 
     def _parts(self, wire: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views of hidden state (bytes in FP8), scales, slots and weights."""

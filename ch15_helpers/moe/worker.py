@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ch15_helpers.moe.drift_study import DriftStudy, run_drift_study
 from ch15_helpers.moe.model_study import ModelStudy, run_model_study
+from ch15_helpers.moe.stack_study import StackStudy, run_stack_study
 from ch15_helpers.moe.study import LayerStudy, StudyRow, run_study
 
 _PATIENCE = timedelta(minutes=2)  # for ranks that never come
@@ -28,12 +29,17 @@ def main(spec: str, folder: str) -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    options = None
+    if device.type == "cuda":
+        # A transfer's few blocks go before those of a product that became ready with it.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=os.environ.get("CH15_MOE_MEET", "env://"),
         rank=rank,
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=_PATIENCE,
+        pg_options=options,
     )
     with torch.inference_mode():
         answers = [_run(entry["kind"], entry["fields"], rank, device) for entry in entries]
@@ -51,6 +57,9 @@ def _run(
     if kind == "ModelStudy":
         models = run_model_study(ModelStudy.from_dict(fields), rank, device)
         return [dataclasses.asdict(row) for row in models]
+    if kind == "StackStudy":
+        stacks = run_stack_study(StackStudy.from_dict(fields), rank, device)
+        return [dataclasses.asdict(row) for row in stacks]
     drifts = run_drift_study(DriftStudy.from_dict(fields), rank, device)
     return [dataclasses.asdict(row) for row in drifts]
 
