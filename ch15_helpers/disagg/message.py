@@ -40,7 +40,7 @@ def write_tags(tags: Tensor, refs: Sequence[BlockRef], part: Part, digests: Tens
     words = np.empty((len(refs), TAG_WORDS), dtype=np.uint64)
     words[:, 0] = [ref.sequence for ref in refs]
     words[:, 1] = [ref.index for ref in refs]
-    words[:, 2], words[:, 3] = _range(part.layers), _range(part.heads)
+    words[:, 2], words[:, 3] = packed_range(part.layers), packed_range(part.heads)
     words[:, 4] = digests.cpu().numpy().view(np.uint64)
     words[:, 5] = _guards(words)
     tags.copy_(torch.from_numpy(words.view(np.uint8)))
@@ -64,8 +64,8 @@ class Tags:
         """Examine uint8 ``tags`` [n, 48] on any device."""
         words: Words = tags.cpu().contiguous().numpy().view(np.uint64)
         self._genuine = words[:, 5] == _guards(words)
-        self._genuine &= words[:, 2] == _range(part.layers)
-        self._genuine &= words[:, 3] == _range(part.heads)
+        self._genuine &= words[:, 2] == packed_range(part.layers)
+        self._genuine &= words[:, 3] == packed_range(part.heads)
         self.promised = words[:, 4].view(np.int64)
         self.void = not words.any()
         pairs = zip(words[:, 0].tolist(), words[:, 1].tolist(), self._genuine, strict=True)
@@ -76,7 +76,8 @@ class Tags:
         return bool((self.promised[self._genuine] == digest).any())
 
 
-def _range(bounds: tuple[int, int]) -> np.uint64:
+def packed_range(bounds: tuple[int, int]) -> np.uint64:
+    """A range of layers or heads as it stands in a tag."""
     return np.uint64(bounds[0] << 32 | bounds[1])
 
 

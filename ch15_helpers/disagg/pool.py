@@ -111,6 +111,15 @@ class RegisteredPool:
             found.append(rows.view(count, -1).view(torch.uint8) if near else None)
         return found
 
+    def runs(self, part: Part) -> tuple[Tensor, int] | None:
+        """Where a part is one run of words in each block: int64 [num_blocks, words of a block], and
+        the word at which the part begins; None where it is not."""
+        view, (pages, _) = self._views(part)[0], self._tensors[0]
+        if len(self._tensors) > 1 or pages.dtype != torch.int64 or not view[:1].is_contiguous():
+            return None
+        shape, strides = (len(pages), pages.stride(0)), (pages.stride(0), 1)
+        return pages.as_strided(shape, strides), view.storage_offset() - pages.storage_offset()
+
     def check(self, blocks: Sequence[int], part: Part) -> None:
         """Raise ValueError for a block, layer or head that the pool does not have."""
         self.row_bytes(part)
@@ -142,7 +151,10 @@ class RegisteredPool:
         return sections
 
     def _index(self, blocks: Sequence[int]) -> Tensor:
-        # The parts of a prompt have the same blocks, and an upload waits for the device.
+        if self.device.type == "cuda":  # in order with the stream that uses it, and no wait
+            host = torch.tensor(list(blocks), dtype=torch.int64, pin_memory=True)
+            return host.to(self.device, non_blocking=True)
+        # The parts of a prompt have the same blocks.
         if self._last_index is None or self._last_index[0] != tuple(blocks):
             index = torch.tensor(list(blocks), dtype=torch.int64, device=self.device)
             self._last_index = tuple(blocks), index

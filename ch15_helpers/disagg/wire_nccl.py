@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import permutations
 from typing import Any
@@ -48,18 +48,24 @@ class _Link:
         self.error: str | None = None
         self.is_over = False
 
-    def move(self, pieces: Iterable[Tensor]) -> Any:
-        """Start moving pieces that are ready on the current stream; when the event is, they are."""
+    def move(self, pieces: Iterable[Tensor], arrived: Callable[[int], None] | None = None) -> Any:
+        """Start moving pieces that are ready on the current stream; when the event is, they are.
+
+        Args:
+            arrived: called with the number of each piece; what it launches follows the piece.
+        """
         begun = torch.cuda.current_stream(self.stream.device).record_event()
         self.stream.wait_event(begun)
         with torch.cuda.stream(self.stream):
-            for piece in pieces:
+            for number, piece in enumerate(pieces):
                 work = (
                     self._group.send([piece], 1, 0)
                     if self.sending
                     else self._group.recv([piece], 0, 0)
                 )
                 work.wait()  # makes the stream wait, not the host
+                if arrived is not None:
+                    arrived(number)
         return self.stream.record_event()
 
     def abort(self, reason: str) -> None:
@@ -137,7 +143,7 @@ class NcclWire:
             if link.error is not None:
                 self._refused.append((message, link.error))
                 continue
-            link.batches.append((link.move(list(message.take())), message))
+            link.batches.append((link.move(list(message.take()), message.arrived), message))
 
     def finished(self) -> list[tuple[WireMessage, str | None]]:
         done, self._refused = self._refused, []
