@@ -127,6 +127,8 @@ class HierarchicalExpertParallel(ExpertParallel):
 
     def compute(self, arrived: Pending, dtype: torch.dtype) -> Tensor:
         """Spread what arrived inside the node, run it, and add up the node's results."""
+        if self._inside.size == 1:  # a node of one rank has nobody to spread it to
+            return super().compute(arrived, dtype)
         x, weights, slots = self._dispatcher.unpack(arrived.wait(), dtype)
         (trip,) = self._second.plan([(weights, slots)])
         here = self._second.start_dispatch(x, trip).wait()
