@@ -23,7 +23,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
+two_devices = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two CUDA devices, one that lends its memory"
+)
+CACHES = pytest.mark.parametrize(
     ("dtype", "layout"),
     [
         (torch.bfloat16, "block_major"),
@@ -33,8 +36,17 @@ pytestmark = [
         ("int8", "block_major"),
     ],
 )
+
+
+@CACHES
 def test_contents_survive_a_round_trip(dtype: Any, layout: Any) -> None:
     check_contents(torch.device("cuda"), dtype, layout)
+
+
+@two_devices
+@CACHES
+def test_contents_survive_a_round_trip_over_the_device_link(dtype: Any, layout: Any) -> None:
+    check_contents(torch.device("cuda:0"), dtype, layout, peer="cuda:1")
 
 
 def test_the_own_device_is_no_peer() -> None:
@@ -43,7 +55,7 @@ def test_the_own_device_is_no_peer() -> None:
         TieredStore(cache, KeyTable(4), TierConfig(peer_device="cuda:0", peer_blocks=4))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@two_devices
 def test_a_peer_device_gives_back_what_it_got() -> None:
     cache = PagedKVCache(TINY, 24, 4, device="cuda:0")
     cache.pages.normal_()
@@ -63,7 +75,7 @@ def test_a_peer_device_gives_back_what_it_got() -> None:
 
 
 @pytest.mark.parametrize("layout", ["block_major", "layer_major"])
-@pytest.mark.parametrize("tier", ["host", "host and disk"])
+@pytest.mark.parametrize("tier", ["host", "host and disk", pytest.param("peer", marks=two_devices)])
 def test_conversations_over_a_small_pool_keep_their_tokens(
     layout: Any, tier: str, tmp_path: Path
 ) -> None:
@@ -103,5 +115,7 @@ def test_conversations_over_a_small_pool_keep_their_tokens(
     expected, _ = serve(200, None)
     disk = {"disk_dir": str(tmp_path), "disk_blocks": 200} if "disk" in tier else {}
     config = TierConfig(host_blocks=40 if disk else 200, **disk)  # type: ignore[arg-type]
+    if tier == "peer":
+        config = TierConfig(peer_device="cuda:1", peer_blocks=200)
     tokens, promoted = serve(48, config)
     assert tokens == expected and promoted > 40

@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device, peer = torch.device(args.device), torch.device(args.peer)
     cases: list[tuple[ModelConfig, int, Layout]] = [
-        *((LLAMA3_8B, count, "block_major") for count in (16, 64, 256, 1024)),
+        *((LLAMA3_8B, count, "block_major") for count in (16, 64, 256, 512)),
         (LLAMA3_8B, 256, "layer_major"),
         (SMOLLM2_135M, 512, "block_major"),
     ]

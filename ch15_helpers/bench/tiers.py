@@ -36,8 +36,13 @@ def fresh_keys(table: KeyTable, count: int, rng: random.Random) -> list[BlockKey
     ]
 
 
-def check_contents(device: torch.device, dtype: torch.dtype | str, layout: Layout) -> None:
-    """Demote, overwrite at once on the compute stream, promote elsewhere, compare bit by bit."""
+def check_contents(
+    device: torch.device, dtype: torch.dtype | str, layout: Layout, peer: str | None = None
+) -> None:
+    """Demote, overwrite at once on the compute stream, promote elsewhere, compare bit by bit.
+
+    ``peer`` names the CUDA device whose memory the blocks go to; without it they go to RAM.
+    """
     cache = make_kv_cache(SMOLLM2_135M, 96, BLOCK_SIZE, dtype=dtype, device=device, layout=layout)
     generator = torch.Generator(device).manual_seed(0)
     parts = [cache.pages] if cache.scales is None else [cache.pages, cache.scales]
@@ -47,7 +52,10 @@ def check_contents(device: torch.device, dtype: torch.dtype | str, layout: Layou
     before = [part[:40].clone() for part in parts]
     table = KeyTable(BLOCK_SIZE)
     keys = fresh_keys(table, 40, random.Random(0))
-    store = TieredStore(cache, table, TierConfig(host_blocks=64, staging_blocks=7))
+    config = TierConfig(host_blocks=64, staging_blocks=7)
+    if peer is not None:
+        config = TierConfig(peer_device=peer, peer_blocks=64, staging_blocks=7)
+    store = TieredStore(cache, table, config)
     store.demote([(i, key) for i, key in enumerate(keys)])
     for part in parts:
         part[:40].view(torch.uint8).fill_(1)
