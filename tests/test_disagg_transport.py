@@ -269,6 +269,20 @@ def shards(pool: RegisteredPool, degree: int) -> list[RegisteredPool]:
     return result
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+@pytest.mark.parametrize("num_words", [1, 90, 5 * LINE_WORDS, 16 * LINE_WORDS + 7, 39_003])
+def test_compiled_digests_are_those_of_numpy_bit_for_bit(
+    num_words: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(num_words)
+    wide = torch.randint(-(2**63), 2**63 - 1, (5, num_words + 3))
+    rows = wide.view(dtype).view(torch.uint8)[:, : 8 * num_words]  # they lie apart
+    digests = Checksum(num_words)(rows)
+    monkeypatch.setattr("ch15_helpers.disagg.checksum.cpu_library", lambda: None)
+    assert torch.equal(Checksum(num_words)(rows), digests)
+    assert torch.equal(Checksum(num_words).portable(rows.contiguous().view(torch.int64)), digests)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
 def test_degrees_of_tensor_parallelism_may_differ(before: int, after: int) -> None:
     pool, empty = filled(), filled(seed=1)

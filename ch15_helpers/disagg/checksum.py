@@ -24,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ch15_helpers.kernels.cpu_library import cpu_library
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 LINE_WORDS = 8 * 127
 FOLD = 16
@@ -43,7 +45,7 @@ class Checksum:
     """Digests of rows of one length.
 
     Attributes:
-        num_words: 64-bit words in a row.
+        num_words: 64-bit words in a row. num_lines: lines of these.
         weights: int64 of columns, of groups of 16 lines, and of the words after the last line.
     """
 
@@ -51,6 +53,7 @@ class Checksum:
         self.num_words = num_words
         lines = num_words // LINE_WORDS
         lines = lines if lines >= _LEAST_LINES else 0
+        self.num_lines = lines
         whole, left = divmod(lines, FOLD)
         middle, self._cut = whole * FOLD * LINE_WORDS, lines * LINE_WORDS
         folds = ((0, middle, FOLD), (middle, self._cut, left))
@@ -60,6 +63,7 @@ class Checksum:
         counts = LINE_WORDS, whole + (left > 0), num_words - self._cut
         self._arrays = [_odd_weights(family, count) for family, count in enumerate(counts)]
         self.weights = [torch.from_numpy(each).to(device) for each in self._arrays]
+        self._pointers = [each.ctypes.data for each in self._arrays]
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Digests, int64 [n] on the rows' device, of uint8 ``rows`` [n, 8 * num_words].
@@ -69,9 +73,23 @@ class Checksum:
         words = rows.view(torch.int64)
         if words.shape[1] != self.num_words:
             raise ValueError(f"rows have {words.shape[1]} words, expected {self.num_words}")
-        if words.is_cpu:  # NumPy's integer product takes half the time of torch's
-            return torch.from_numpy(self._on_cpu(words.numpy()))
+        if words.is_cpu:
+            digests = torch.empty(len(words), dtype=torch.int64)
+            self.into(rows, digests)
+            return digests
         return self.portable(words)
+
+    def into(self, rows: Tensor, digests: Tensor) -> None:
+        """As a call, for rows [n, 8 * num_words] of a CPU; writes int64 ``digests`` [n]."""
+        library = cpu_library()
+        if library is None or rows.stride(1) != 1:
+            # NumPy's integer product takes half the time of torch's.
+            digests.copy_(torch.from_numpy(self._on_cpu(rows.view(torch.int64).numpy())))
+            return
+        library.ch15_digest(
+            rows.data_ptr(), len(rows), rows.stride(0), self.num_words, self.num_lines,
+            *self._pointers, digests.data_ptr(),
+        )  # fmt: skip
 
     def portable(self, words: Tensor) -> Tensor:
         """The same of int64 ``words`` [n, num_words], on any device."""

@@ -21,7 +21,7 @@ from ch15_helpers.disagg.wire import WireMessage
 _IN_CACHE_BYTES = 1024**2
 _APART_BYTES = 256 * 1024  # rows of this size and more travel apart from their tags: no copy
 # A piece costs a lock and a wake-up on each side; the first digest waits for one, and the last.
-_PIECE_BYTES = 6 * 1024**2
+_PIECE_BYTES = 3 * 1024**2
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Batch:
     stop: int
     row_bytes: int
     apart: bool
-    early: dict[int, list[int]] = field(default_factory=dict)
+    early: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -92,31 +92,31 @@ class Freight:
         message.pieces = [*pieces, tags.view(-1)]
 
     def _filling(self, batch: Batch, message: WireMessage) -> Iterator[None]:
-        """Make piece after piece ready: rows before they are sent, their digests after that."""
-        transfer, runs = batch.transfer, batch.runs()
+        """Make piece after piece ready, and the tags when all of them may move.
+
+        Rows of the pool itself are read for their digests only then, while the wire copies them.
+        """
+        transfer, runs, size = batch.transfer, batch.runs(), batch.row_bytes
         tags, rows = split(message.buffer, len(batch))
         if transfer.state is not TransferState.PENDING:
             write_void(tags)
             return
         refs = transfer.refs[batch.start : batch.stop]
         blocks = [ref.block for ref in refs]
-        digests = []
+        digests: list[list[Tensor]] = []
         for number, run in enumerate(runs or [slice(0, len(batch))]):
-            if number in message.own:
-                yield
-                with self._timed(transfer):
-                    own = message.pieces[number].view(-1, batch.row_bytes)
-                    digests.append(self._digests(own))
-                continue
-            for some in self._groups(rows[run]):
+            digests.append([])
+            for some in self._groups(rows[run]) if number not in message.own else ():
                 with self._timed(transfer):
                     piece = rows[run][some]
                     self.pool.pack(blocks[run][some], transfer.part, piece)
-                    digests.append(self._digests(piece))
+                    digests[number].append(self._digests(piece))
             if runs:
                 yield
         with self._timed(transfer):
-            write_tags(tags, refs, transfer.part, torch.cat(digests))
+            for number in message.own:
+                digests[number].append(self._digests(message.pieces[number].view(-1, size)))
+            write_tags(tags, refs, transfer.part, torch.cat([d for each in digests for d in each]))
 
     def aim(self, batch: Batch, message: WireMessage, zero_copy: bool) -> None:
         """Divide a message that is received, like ``pack``; into the pool where that is possible.
@@ -135,7 +135,9 @@ class Freight:
         """Digests of a piece while the next one is under way; on any thread."""
         if number in message.own and batch.transfer.state is TransferState.PENDING:
             rows = message.pieces[number].view(-1, batch.row_bytes)
-            batch.early[number] = self._digests(rows).tolist()
+            digests = torch.empty(len(rows), dtype=torch.int64)
+            self._checksums[batch.row_bytes].into(rows, digests)
+            batch.early[number] = digests
 
     def land(self, batch: Batch, message: WireMessage) -> None:
         """Examine a message and write what is intact to the pool, where it is not there yet."""
@@ -176,12 +178,12 @@ class Freight:
         first: int,
         rows: Tensor,
         own: bool,
-        early: list[int] | None,
+        early: Tensor | None,
     ) -> None:
         """Rows ``first ..`` of a message; those that are the pool's ``own`` memory stay there."""
         transfer, report = batch.transfer, batch.transfer.report
-        for some in self._groups(rows):
-            digests = self._digests(rows[some]).tolist() if early is None else early[some]
+        for some in self._groups(rows) if early is None else [slice(0, len(rows))]:
+            digests = (self._digests(rows[some]) if early is None else early).tolist()
             chosen: dict[int, int] = {}  # position in the transfer: row
             for row, digest in enumerate(digests, some.start):
                 tag, place = first + row, batch.start + first + row

@@ -26,7 +26,13 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("cpu_linear.cpp", "cpu_attention.cpp", "cpu_pointwise.cpp", "cpu_layer.cpp")
+SOURCES = (
+    "cpu_linear.cpp",
+    "cpu_attention.cpp",
+    "cpu_pointwise.cpp",
+    "cpu_layer.cpp",
+    "cpu_digest.cpp",
+)
 HEADERS = ("cpu_threads.h", "cpu_vector.h")
 FLAGS = (
     "-std=c++17",
@@ -51,6 +57,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "ch15_gated_linear": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
     "ch15_attention_float32": _ATTENTION,
     "ch15_attention_bfloat16": _ATTENTION,
+    "ch15_digest": [_POINTER] + [_LONG] * 4 + [_POINTER] * 4,
     "ch15_layer": [_POINTER] * 6,
     "ch15_rms_norm": [_POINTER] * 5 + [_LONG, _LONG, _FLOAT, _INT],
     "ch15_rope_write": [_POINTER] * 9 + [_LONG] * 9 + [_INT],
