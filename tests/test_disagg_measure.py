@@ -105,12 +105,20 @@ def test_two_processes_of_mpirun() -> None:
 
 
 def test_a_place_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+    ):
         monkeypatch.delenv(name, raising=False)
     assert place_from_environment() is None
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert place_from_environment() == Place(3, 4)
+    assert place_from_environment() == Place(3, 4, local_rank=3)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert place_from_environment() == Place(3, 4, local_rank=1)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert place_from_environment() == Place(1, 2)

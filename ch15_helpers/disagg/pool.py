@@ -118,7 +118,7 @@ class RegisteredPool:
         if len(self._tensors) > 1 or pages.dtype != torch.int64 or not view[:1].is_contiguous():
             return None
         shape, strides = (len(pages), pages.stride(0)), (pages.stride(0), 1)
-        return pages.as_strided(shape, strides), view.storage_offset() - pages.storage_offset()
+        return pages.as_strided(shape, strides), int(view.storage_offset() - pages.storage_offset())
 
     def check(self, blocks: Sequence[int], part: Part) -> None:
         """Raise ValueError for a block, layer or head that the pool does not have."""

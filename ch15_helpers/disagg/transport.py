@@ -18,6 +18,7 @@ from typing import Protocol
 
 from ch15_helpers.disagg.clock import Clock, VirtualClock
 from ch15_helpers.disagg.freight import Batch, Freight
+from ch15_helpers.disagg.freight_gpu import new_freight
 from ch15_helpers.disagg.lanes import Lanes
 from ch15_helpers.disagg.leases import Lease
 from ch15_helpers.disagg.message import TAG_BYTES, message_bytes
@@ -135,7 +136,7 @@ class BlockTransport:
         """Name the pool whose blocks will travel."""
         if self._active:
             raise TransportError("transfers are pending; register a pool before or after them")
-        self._freight = Freight(pool, self._clock, self._verify)
+        self._freight = new_freight(pool, self.wire.device, self._clock, self._verify)
 
     def send(
         self,
@@ -150,11 +151,9 @@ class BlockTransport:
 
         Args:
             refs: in an order that the receiver names, too.
-            to: rank.
             channel: below 2**31. Transfers between two ranks on one channel must be started in
                 the same order on both sides; channels do not wait for each other.
             part: layers and heads to send; None is all that the pool has.
-            timeout_s: None is the default.
 
         Raises:
             TransportError: no pool, no such rank, or the same block twice.
@@ -172,15 +171,11 @@ class BlockTransport:
         timeout_s: float | None = None,
         lease: Lease | None = None,
     ) -> Transfer:
-        """Start receiving blocks; arguments and errors as for ``send``.
-
-        Args:
-            lease: nothing is written to the pool once its blocks have been given back.
-        """
+        """As ``send``; with a ``lease``, no block is written to once it has been given back."""
         return self._begin(False, refs, source, channel, part, timeout_s, lease)
 
     def poll(self) -> list[Transfer]:
-        """Let everything make progress without waiting; returns the transfers that are over."""
+        """As in Transport."""
         self._progress()
         over, self._over = self._over, []
         return over
@@ -243,8 +238,8 @@ class BlockTransport:
         if lease is not None and not set(lease.blocks).issuperset(blocks):
             raise TransportError("the lease does not cover all blocks of the transfer")
         self._active[transfer] = None
-        # Some layers of several blocks are never neighbours; both sides must divide alike. A GPU
-        # gathers faster than a link moves, so that there one long piece is better.
+        # Some layers of several blocks are never neighbours, and a GPU gathers faster than a link
+        # moves; both sides must divide alike.
         apart = part.layers == pool.whole.layers and self.wire.device.type == "cpu"
         self._enqueue(transfer, pool.row_bytes(part), apart)
         self._progress()

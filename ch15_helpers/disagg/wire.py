@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,9 @@ class WireMessage:
         own: numbers of the pieces that are memory of the pool.
         filling: of a send, makes one piece after the other ready; see ``take``.
         arrived: of a receive, may be called by any thread with the number of a piece that is
-            there, while later ones are still under way: its digests are computed then.
+            there, while later ones are still under way: its digests are computed then. Between
+            GPUs by the thread that starts it: what it launches comes after the piece.
+        ready: between GPUs, the event of what fills it.
     """
 
     sending: bool
@@ -46,6 +48,7 @@ class WireMessage:
     own: set[int] = field(default_factory=set)
     filling: Iterator[None] | None = None
     arrived: Callable[[int], None] | None = None
+    ready: Any = None
 
     @property
     def direct(self) -> bool:

@@ -143,7 +143,10 @@ class NcclWire:
             if link.error is not None:
                 self._refused.append((message, link.error))
                 continue
-            link.batches.append((link.move(list(message.take()), message.arrived), message))
+            pieces = list(message.take())
+            if message.ready is not None:  # it was filled before, perhaps on another stream
+                link.stream.wait_event(message.ready)
+            link.batches.append((link.move(pieces, message.arrived), message))
 
     def finished(self) -> list[tuple[WireMessage, str | None]]:
         done, self._refused = self._refused, []
