@@ -305,5 +305,5 @@ def test_the_same_bits_with_narrower_registers(
 
 @needs_library
 def test_the_default_layout() -> None:
-    assert layouts_of(torch.float32)[-1] == "compiled"
+    assert "compiled" in layouts_of(torch.float32)
     assert load_model("random:TINY", "cpu").weight_layout == "compiled"

@@ -20,11 +20,20 @@ void ch15_attention_float32(const float* q, const float* k, const float* v, floa
                             long seqs, long table_stride, long heads, long kv_heads, long dim,
                             long page, long q_stride, long block_stride, long slot_stride,
                             long head_stride, float scale, int threads);
+void ch15_grid_linear(const float* x, long rows, long depth, const uint8_t* weight, long panels,
+                      float* out, long bits, int gated, int threads);
 long ch15_width();
 
-// Norms, and weights in panels. cpu_layer.py has the same fields in the same order.
+// In panels of floats, or on a grid of so many bits (cpu_grid.cpp).
+struct Weight {
+    const void* numbers;
+    int64_t bits;
+};
+
+// cpu_layer.py has the same fields in the same order.
 struct Layer {
-    const float *input_norm, *qkv_proj, *o_proj, *post_norm, *gate_up_proj, *down_proj;
+    const float *input_norm, *post_norm;
+    Weight qkv_proj, o_proj, gate_up_proj, down_proj;
 };
 
 // What is the same in every layer of a step.
@@ -38,19 +47,28 @@ struct Step {
     float eps, scale;
 };
 
+static void multiply(const float* x, long rows, long depth, Weight weight, long outputs, bool gated,
+                     float* out, int threads) {
+    if (weight.bits)
+        return ch15_grid_linear(x, rows, depth, (const uint8_t*)weight.numbers, outputs / 16, out,
+                                weight.bits, gated, threads);
+    (gated ? ch15_gated_linear : ch15_linear)(x, rows, depth, (const float*)weight.numbers,
+                                              outputs / ch15_width(), out, threads);
+}
+
 // hidden and residual [rows][hidden], in and out; writes K and V into the layer's pages.
 void ch15_layer(const Layer* layer, const Step* step, float* k, float* v, float* hidden,
                 float* residual) {
     const Step& s = *step;
     const int threads = int(s.threads);
-    const long width = ch15_width(), q_size = s.heads * s.dim;
-    const long kv_size = s.kv_heads * s.dim, qkv_size = q_size + 2 * kv_size;
+    const long q_size = s.heads * s.dim, kv_size = s.kv_heads * s.dim;
+    const long qkv_size = q_size + 2 * kv_size;
     float *x = s.scratch, *qkv = x + s.rows * s.hidden, *q = qkv + s.rows * qkv_size,
           *mixed = q + s.rows * q_size, *gated = mixed + s.rows * q_size;
 
     ch15_rms_norm(hidden, residual, layer->input_norm, x, residual, s.rows, s.hidden, s.eps,
                   threads);
-    ch15_linear(x, s.rows, s.hidden, layer->qkv_proj, qkv_size / width, qkv, threads);
+    multiply(x, s.rows, s.hidden, layer->qkv_proj, qkv_size, false, qkv, threads);
     ch15_rope_write(qkv, qkv + q_size, qkv + q_size + kv_size, s.cos_full,
                     s.sin_signed, s.slots, q, k, v, s.rows, s.heads, s.kv_heads, s.dim,
                     qkv_size, s.page, s.block_stride, s.slot_stride, s.head_stride, threads);
@@ -58,11 +76,10 @@ void ch15_layer(const Layer* layer, const Step* step, float* k, float* v, float*
                            s.table_stride, s.heads, s.kv_heads, s.dim, s.page, q_size,
                            s.block_stride, s.slot_stride, s.head_stride, s.scale, threads);
 
-    ch15_linear(mixed, s.rows, q_size, layer->o_proj, s.hidden / width, x, threads);
+    multiply(mixed, s.rows, q_size, layer->o_proj, s.hidden, false, x, threads);
     ch15_rms_norm(x, residual, layer->post_norm, x, residual, s.rows, s.hidden,
                   s.eps, threads);
-    ch15_gated_linear(x, s.rows, s.hidden, layer->gate_up_proj, s.inner / width,
-                      gated, threads);
-    ch15_linear(gated, s.rows, s.inner, layer->down_proj, s.hidden / width, hidden, threads);
+    multiply(x, s.rows, s.hidden, layer->gate_up_proj, s.inner, true, gated, threads);
+    multiply(gated, s.rows, s.inner, layer->down_proj, s.hidden, false, hidden, threads);
 }
 }

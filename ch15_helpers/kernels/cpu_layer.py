@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ch15_helpers.kernels.batch import BatchMetadata
 from ch15_helpers.kernels.cpu_library import cpu_library, threads_for
+from ch15_helpers.kernels.linear_cpu import can_gate, compiled_shape, grid_bits, is_compiled
 from ch15_helpers.kernels.paged_attention_compiled import (
     checked_tables,
     compiled_unsupported_reason,
@@ -35,7 +36,7 @@ class LayerWeights(NamedTuple):
     @property
     def compiled(self) -> bool:
         """Whether all are what the kernel takes: float32, packed, norms of 16s."""
-        packed = all(w.dim() == 4 for w in (*self[1:3], *self[4:]))
+        packed = all(is_compiled(w) for w in (*self[1:3], *self[4:]))
         norm = self.input_norm
         return packed and norm.dtype == torch.float32 and len(norm) % 16 == 0
 
@@ -107,29 +108,33 @@ class CompiledStep:
             layer: its norms and weights.
             hidden, residual: float32 [N, hidden], contiguous; see :class:`.DecoderLayer`.
         """
-        step, width = self._step, layer.qkv_proj.shape[2]
-        step.hidden, step.inner = hidden.shape[1], layer.down_proj.shape[1]
-        step.threads = threads_for(layer.gate_up_proj.numel() * step.rows)
+        step, weights = self._step, (*layer[1:3], *layer[4:])
+        qkv, o, gate_up, down = (compiled_shape(weight) for weight in weights)
+        step.hidden, step.inner = hidden.shape[1], down[1]
+        step.threads = threads_for(gate_up[0] * gate_up[1] * step.rows)
+        q_size = step.heads * step.dim
         shapes = (
-            hidden.shape == residual.shape == (step.rows, layer.qkv_proj.shape[1]),
-            layer.qkv_proj.shape[0] * width == (step.heads + 2 * step.kv_heads) * step.dim,
-            layer.o_proj.shape[:2] == (step.hidden // width, step.heads * step.dim),
-            layer.gate_up_proj.shape[:2] == (2 * step.inner // width, step.hidden),
-            step.inner % width == 0,
+            hidden.shape == residual.shape == (step.rows, qkv[1]),
+            qkv[0] == q_size + 2 * step.kv_heads * step.dim,
+            o == (step.hidden, q_size),
+            gate_up == (2 * step.inner, step.hidden),
+            down[0] == step.hidden and can_gate(layer.gate_up_proj),
         )
         if not all(shapes) or not (hidden.is_contiguous() and residual.is_contiguous()):
             raise ValueError(f"layer {index} does not fit states of {tuple(hidden.shape)}")
-        size = step.hidden + layer.qkv_proj.shape[0] * width + step.inner
+        size = step.hidden + qkv[0] + step.inner
         size = step.rows * (size + 2 * step.heads * step.dim)
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size)
             step.scratch = self._scratch.data_ptr()
         pages = self._pages
         keys = pages.data_ptr() + index * pages.stride(1) * self._itemsize
-        library, weights = cpu_library(), (ctypes.c_void_p * 6)(*(w.data_ptr() for w in layer))
+        library, words = cpu_library(), [layer.input_norm.data_ptr(), layer.post_norm.data_ptr()]
+        for weight in weights:
+            words += weight.data_ptr(), grid_bits(weight)
         assert library is not None
         library.ch15_layer(
-            ctypes.byref(weights), ctypes.byref(step), keys,
+            (ctypes.c_int64 * len(words))(*words), ctypes.byref(step), keys,
             keys + pages.stride(2) * self._itemsize, hidden.data_ptr(), residual.data_ptr(),
         )  # fmt: skip
         return hidden, residual

@@ -28,6 +28,7 @@ import torch
 
 SOURCES = (
     "cpu_linear.cpp",
+    "cpu_grid.cpp",
     "cpu_attention.cpp",
     "cpu_pointwise.cpp",
     "cpu_layer.cpp",
@@ -55,9 +56,13 @@ _SIGNATURES: dict[str, list[type]] = {
     "ch15_width": [],
     "ch15_linear": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
     "ch15_gated_linear": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
+    "ch15_grid_bytes": [_LONG],
+    "ch15_grid_pack": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT],
+    "ch15_grid_unpack": [_POINTER, _LONG, _LONG, _POINTER, _LONG],
+    "ch15_grid_linear": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _INT, _INT],
     "ch15_attention_float32": _ATTENTION,
     "ch15_attention_bfloat16": _ATTENTION,
-    "ch15_digest": [_POINTER] + [_LONG] * 4 + [_POINTER] * 4,
+    "ch15_digest": [_POINTER, *[_LONG] * 4, *[_POINTER] * 4],
     "ch15_layer": [_POINTER] * 6,
     "ch15_rms_norm": [_POINTER] * 5 + [_LONG, _LONG, _FLOAT, _INT],
     "ch15_rope_write": [_POINTER] * 9 + [_LONG] * 9 + [_INT],
@@ -146,7 +151,8 @@ def load_library(path: Path) -> ctypes.CDLL:
         except AttributeError as error:
             raise OSError(f"{path} has no {name}; delete it, and it is built anew") from error
         function.argtypes, function.restype = arguments, None
-    library.ch15_width.restype = _LONG
+    for function in (library.ch15_width, library.ch15_grid_bytes, library.ch15_grid_pack):
+        function.restype = _LONG
     return library
 
 

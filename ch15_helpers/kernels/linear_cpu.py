@@ -5,9 +5,11 @@ stores each of them [in, width], the order in which a CPU multiplies: no library
 at any number of tokens (Goto and van de Geijn, "Anatomy of High-Performance Matrix
 Multiplication", 2008). A step of SmolLM2 on one AVX-512 thread takes 0.8 of the time of ``rows``
 at 16 and 32 tokens, 0.9 at 4 and 8, but 1.06 at one. ``compiled`` has panels, too, and our own
-C++ to multiply them (:mod:`~ch15_helpers.kernels.cpu_library`). ``onednn`` is oneDNN's own order,
-for bfloat16; its products are the same bits as those of ``rows``, which oneDNN would repack in
-every call.
+C++ to multiply them (:mod:`~ch15_helpers.kernels.cpu_library`). ``grid`` is what a quantised
+checkpoint's float32 weight is without loss: whole steps of 4 or 8 bits with a scale and an offset
+for each 32 inputs, which the processor's matrix tiles multiply (``cpu_grid.cpp``). ``onednn`` is
+oneDNN's own order, for bfloat16; its products are the same bits as those of ``rows``, which oneDNN
+would repack in every call.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from torch import Tensor
 
 from ch15_helpers.kernels.cpu_library import cpu_library, threads_for
 
-LAYOUTS = ("rows", "panels", "onednn", "compiled")
+LAYOUTS = ("rows", "panels", "onednn", "compiled", "grid")
+# Inputs and outputs of one tile of the layout ``grid``, and the bits that its steps may have.
+_BLOCK, _PANEL, _BITS = 32, 16, (4, 8)
 
 # MKL multiplies up to three rows without copying the weight. For more it first packs the whole
 # weight into its own order, which costs as much as reading it twice; a batch of short products
@@ -38,7 +42,10 @@ def layouts_of(dtype: torch.dtype) -> tuple[str, ...]:
     """The layouts that this machine's torch has for a dtype, ``rows`` first."""
     if dtype == torch.float32:
         panels = ("panels",) if _has_mkl() else ()
-        return ("rows", *panels, *(("compiled",) if cpu_library() is not None else ()))
+        library = cpu_library()
+        ours = ("compiled",) if library is not None else ()
+        grid = ("grid",) if library is not None and library.ch15_grid_bytes(4) else ()
+        return ("rows", *panels, *ours, *grid)
     if dtype == torch.bfloat16 and onednn_has_bfloat16():
         return ("rows", "onednn")
     return ("rows",)
@@ -65,14 +72,18 @@ def pack_weight(weight: Tensor, layout: str) -> Tensor:
 
     Returns:
         ``panels``: [out_features / width, in_features, width]; ``compiled``: the same with a last
-        axis of 1, to tell them apart; ``onednn``: an opaque tensor of the weight's shape, of
-        which only :func:`linear_cpu` and :func:`unpack_weight` make sense.
+        axis of 1, to tell them apart; ``grid``: uint8 [out_features / 16, in_features / 32, bytes
+        of a tile], or ``compiled`` where the weight is on no grid; ``onednn``: an opaque tensor of
+        the weight's shape, of which only :func:`linear_cpu` and :func:`unpack_weight` make sense.
     """
     if weight.dim() != 2 or layout not in layouts_of(weight.dtype):
         return weight
     if layout == "onednn":
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         return packed
+    if layout == "grid":
+        packed_grid = _pack_grid(weight)
+        return _pack_compiled(weight) if packed_grid is None else packed_grid
     if layout == "compiled":
         return _pack_compiled(weight)
     width = slice_width(weight) if layout == "panels" else 0
@@ -90,6 +101,8 @@ def unpack_weight(weight: Tensor, dim: int = 2) -> Tensor:
     """
     if weight.is_mkldnn:
         return weight.to_dense()
+    if weight.dtype == torch.uint8:
+        return _unpack_grid(weight)
     if weight.dim() == 4:
         return weight[..., 0].transpose(1, 2).reshape(-1, weight.shape[1])
     if dim == 2 and weight.dim() == 3:
@@ -103,7 +116,7 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         assert _onednn_product is not None, "pack_weight needed it, too"
         product: Tensor = _onednn_product(x, weight, bias, "none", [], "")
         return product
-    if weight.dim() == 4:
+    if is_compiled(weight):
         return compiled_linear(x, weight, bias)
     if weight.dim() == 3:
         return _batched(x, weight, bias)
@@ -138,10 +151,54 @@ def _pack_compiled(weight: Tensor) -> Tensor:
     return weight.view(-1, width, weight.shape[1]).transpose(1, 2).contiguous().unsqueeze(-1)
 
 
+def _pack_grid(weight: Tensor) -> Tensor | None:
+    """The weight in the fewest bits that hold it exactly, None where it is on no grid."""
+    library, (outputs, depth) = cpu_library(), weight.shape
+    if library is None or outputs % _PANEL or depth % _BLOCK or not weight.numel():
+        return None
+    weight = weight.contiguous()
+    for bits in _BITS:
+        size = outputs // _PANEL, depth // _BLOCK, library.ch15_grid_bytes(bits)
+        packed = torch.empty(size, dtype=torch.uint8)
+        threads = threads_for(weight.numel())
+        if library.ch15_grid_pack(
+            weight.data_ptr(), outputs, depth, packed.data_ptr(), bits, threads
+        ):
+            return packed
+    return None
+
+
+def _unpack_grid(weight: Tensor) -> Tensor:
+    library, out = cpu_library(), torch.empty(compiled_shape(weight))
+    assert library is not None, "pack_weight needed it, too"
+    library.ch15_grid_unpack(weight.data_ptr(), *out.shape, out.data_ptr(), grid_bits(weight))
+    return out
+
+
+def is_compiled(weight: Tensor) -> bool:
+    """Whether :func:`compiled_linear` takes this weight: it is ``compiled`` or on a ``grid``."""
+    return weight.dim() == 4 or weight.dtype == torch.uint8
+
+
+def grid_bits(weight: Tensor) -> int:
+    """Bits of a step of a weight of the layout ``grid``, 0 for one of ``compiled``."""
+    if weight.dtype != torch.uint8:
+        return 0
+    numbers = 2 * _PANEL * torch.float32.itemsize
+    return (weight.shape[2] - numbers) * 8 // (_BLOCK * _PANEL)
+
+
+def compiled_shape(weight: Tensor) -> tuple[int, int]:
+    """(out_features, in_features) of a weight that :func:`is_compiled`."""
+    if weight.dtype == torch.uint8:
+        return weight.shape[0] * _PANEL, weight.shape[1] * _BLOCK
+    return weight.shape[0] * weight.shape[2], weight.shape[1]
+
+
 def compiled_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    """``x @ weight.T + bias`` with a weight of the ``compiled`` layout, by ``cpu_linear.cpp``.
+    """``x @ weight.T + bias`` with a weight that :func:`is_compiled`, by our C++.
 
     A row of the result depends on its own row of ``x`` alone, bit for bit: not on how many there
     are, nor on the number of threads.
@@ -153,7 +210,7 @@ def compiled_linear(
         gated: return ``silu(gate) * up`` of the two halves of the output features; each must be
             whole panels (:func:`can_gate`).
     """
-    panels, depth, width, _ = weight.shape
+    outputs, depth = compiled_shape(weight)
     if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != depth:
         raise ValueError(
             f"x is {x.dtype} {tuple(x.shape)}; this weight needs float32 [tokens, {depth}]"
@@ -161,14 +218,19 @@ def compiled_linear(
     library = cpu_library()
     assert library is not None, "pack_weight needed it, too"
     x = x.contiguous()
-    rows, kept = x.shape[0], panels // 2 if gated else panels
-    out = torch.empty(rows, kept * width)
-    multiply = library.ch15_gated_linear if gated else library.ch15_linear
-    threads = threads_for(rows * depth * panels * width)
-    multiply(x.data_ptr(), rows, depth, weight.data_ptr(), kept, out.data_ptr(), threads)
+    rows, kept = x.shape[0], outputs // 2 if gated else outputs
+    out = torch.empty(rows, kept)
+    threads = threads_for(rows * depth * outputs)
+    call = x.data_ptr(), rows, depth, weight.data_ptr()
+    if bits := grid_bits(weight):
+        panels = kept // _PANEL
+        library.ch15_grid_linear(*call, panels, out.data_ptr(), bits, gated, threads)
+    else:
+        multiply = library.ch15_gated_linear if gated else library.ch15_linear
+        multiply(*call, kept // weight.shape[2], out.data_ptr(), threads)
     return out if bias is None else out.add_(bias)
 
 
 def can_gate(weight: Tensor) -> bool:
     """Whether :func:`compiled_linear` takes this weight with ``gated``."""
-    return weight.dim() == 4 and weight.shape[0] % 2 == 0
+    return is_compiled(weight) and weight.shape[0] % 2 == 0

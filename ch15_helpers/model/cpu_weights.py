@@ -1,7 +1,8 @@
 """Which layout and dtype a model's weights get on the CPU: by a fixed rule, or by measurement.
 
 The rule (``layout=None``) depends on the dtype and the machine alone, so that every process of
-a run rounds alike: float32 gets ``compiled`` where our kernels can be compiled, bfloat16 gets
+a run rounds alike: float32 gets ``grid`` where the processor has matrix tiles (a weight that is on
+no grid then gets ``compiled``), ``compiled`` where our kernels can be compiled, bfloat16 gets
 ``onednn`` where oneDNN takes it, all else keeps ``rows``. (SmolLM2's 121 matrices on two AVX-512
 cores, ``rows`` against ``compiled``: 1 token 20.4 ms, 19.3; 4 tokens 37.7, 20.7; 16 tokens 47.4,
 27.2; 64 tokens 80, 55; 256 tokens 222, 190.) A measurement (``layout="fastest"``, or
@@ -23,6 +24,7 @@ from ch15_helpers.errors import ModelLoadError
 from ch15_helpers.kernels.cpu_memory import empty_in_huge_pages
 from ch15_helpers.kernels.linear_cpu import (
     LAYOUTS,
+    is_compiled,
     layouts_of,
     linear_cpu,
     onednn_has_bfloat16,
@@ -91,7 +93,7 @@ def choose_layout(dtype: torch.dtype, layout: str | None = None) -> str:
     """
     available = layouts_of(dtype)
     if layout is None:
-        return next((name for name in ("compiled", "onednn") if name in available), "rows")
+        return next((name for name in ("grid", "compiled", "onednn") if name in available), "rows")
     if layout == FASTEST:
         return measure_layouts((dtype,))[0].layout
     if layout not in LAYOUTS:
@@ -118,7 +120,7 @@ def pack_weights(model: Transformer, layout: str) -> None:
     """
     if layout == "rows":
         return
-    place = _Places(model) if layout == "compiled" else _as_it_is
+    place = _Places(model) if layout in ("compiled", "grid") else _as_it_is
     for layer in model.layers:
         layer.qkv_proj = place(pack_weight(layer.qkv_proj, layout))
         layer.o_proj = place(pack_weight(layer.o_proj, layout))
@@ -126,7 +128,8 @@ def pack_weights(model: Transformer, layout: str) -> None:
             layer.mlp.gate_up_proj = place(pack_weight(layer.mlp.gate_up_proj, layout))
             layer.mlp.down_proj = place(pack_weight(layer.mlp.down_proj, layout))
     model.lm_head = place(pack_weight(model.lm_head, layout))
-    model.weight_layout = layout
+    off_grid = layout == "grid" and model.lm_head.dtype != torch.uint8
+    model.weight_layout = "compiled" if off_grid else layout
 
 
 def _as_it_is(packed: Tensor) -> Tensor:
@@ -142,10 +145,10 @@ class _Places:
             weights += [layer.qkv_proj, layer.o_proj]
             if isinstance(layer.mlp, DenseMLP):
                 weights += [layer.mlp.gate_up_proj, layer.mlp.down_proj]
-        self._free = empty_in_huge_pages(sum(w.numel() for w in weights), model.lm_head.dtype)
+        self._free = empty_in_huge_pages(sum(w.nbytes for w in weights), torch.uint8)
 
     def __call__(self, packed: Tensor) -> Tensor:
-        if packed.dim() != 4:
+        if not is_compiled(packed):
             return packed
-        place, self._free = self._free.tensor_split([packed.numel()])
-        return place.view(packed.shape).copy_(packed)
+        place, self._free = self._free.tensor_split([packed.nbytes])
+        return place.view(packed.dtype).view(packed.shape).copy_(packed)
