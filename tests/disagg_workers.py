@@ -71,8 +71,8 @@ def tour(wire: Any, rank: int) -> dict[str, Any]:
     transport.wait(send, receive)
     theirs = content(peer)
     found["clean"] = receive.report.is_clean
-    found["equal"] = torch.equal(cache.pages[ORDER[half:]], theirs[ORDER[:half]])
-    found["kept"] = torch.equal(cache.pages[ORDER[:half]], content(rank)[ORDER[:half]])
+    found["equal"] = torch.equal(cache.pages[ORDER[half:]].cpu(), theirs[ORDER[:half]])
+    found["kept"] = torch.equal(cache.pages[ORDER[:half]].cpu(), content(rank)[ORDER[:half]])
     dist.barrier()
     # Channels may be waited for in another order than they were sent in, where there are any.
     order = range(6) if wire.in_order else range(5, -1, -1)

@@ -44,14 +44,20 @@ def test_rows_digests_and_tags_are_those_of_the_host(words: int, offset: int, bl
 
     checksum = Checksum(words, "cuda")
     shape = LINE_WORDS, FOLD, checksum.num_lines
-    about = torch.tensor([[r.block, r.sequence, r.index] for r in refs], device="cuda")
+    names = [int(packed_range(part.layers)), int(packed_range(part.heads))]
+    about = torch.tensor([[r.block, r.sequence, r.index, *names] for r in refs], device="cuda")
     rows = torch.zeros(5, words, dtype=torch.int64, device="cuda")
     partials = rows_triton(
-        rows, checksum.weights, shape, pages=pages.cuda(), about=about, offset=offset
+        rows, checksum.weights, shape, mode=1, pages=pages.cuda(), about=about, offset=offset
     )
     tags = torch.zeros(5, 6, dtype=torch.int64, device="cuda")
-    layers, heads = int(packed_range(part.layers)), int(packed_range(part.heads))
-    tags_triton(tags, partials, about, layers, heads, digest=True)
+    tags_triton(tags, partials, about, digest=True)
+    back = torch.zeros_like(pages).cuda()
+    rows_triton(
+        rows, checksum.weights, shape, mode=2, pages=back, about=about, offset=offset, digest=False
+    )
+    assert torch.equal(back[about[:, 0], offset : offset + words].cpu(), wanted)
+    assert back.count_nonzero() == wanted.count_nonzero()
     assert torch.equal(rows.cpu(), wanted)
     assert torch.equal(partials.sum(1).cpu(), digests)
     assert torch.equal(rows_triton(rows, checksum.weights, shape).sum(1).cpu(), digests)

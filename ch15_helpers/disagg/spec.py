@@ -56,7 +56,7 @@ class DisaggSpec:
     decode_engine: Mapping[str, Plain] = field(default_factory=dict)
     transport: Medium = "gloo"
     verify: bool = True
-    max_message_bytes: int = 32 * 1024**2
+    max_message_bytes: int | None = None
     layers_per_part: int = 3
     handover_timeout_s: float = 10.0
     request_timeout_s: float = 60.0

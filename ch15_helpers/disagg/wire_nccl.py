@@ -44,6 +44,7 @@ class _Link:
         self._group: Any = make(own, int(rank == target), 2, options)
         self.sending = rank == source
         self.stream: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._after: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.batches: deque[tuple[Any, WireMessage]] = deque()
         self.error: str | None = None
         self.is_over = False
@@ -54,19 +55,22 @@ class _Link:
         Args:
             arrived: called with the number of each piece; what it launches follows the piece.
         """
-        begun = torch.cuda.current_stream(self.stream.device).record_event()
+        begun, last = torch.cuda.current_stream(self.stream.device).record_event(), self.stream
         self.stream.wait_event(begun)
-        with torch.cuda.stream(self.stream):
-            for number, piece in enumerate(pieces):
+        for number, piece in enumerate(pieces):
+            with torch.cuda.stream(self.stream):
                 work = (
                     self._group.send([piece], 1, 0)
                     if self.sending
                     else self._group.recv([piece], 0, 0)
                 )
                 work.wait()  # makes the stream wait, not the host
-                if arrived is not None:
+            if arrived is not None:  # beside the next piece
+                last = self._after
+                last.wait_stream(self.stream)
+                with torch.cuda.stream(last):
                     arrived(number)
-        return self.stream.record_event()
+        return last.record_event()
 
     def abort(self, reason: str) -> None:
         """Give up whatever is under way; that may take a while, so a thread does it."""

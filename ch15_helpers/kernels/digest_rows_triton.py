@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Gathers blocks into rows and takes their digests in the same pass over the bytes.
+"""Gathers blocks into rows, takes their digests in the same pass over the bytes, and scatters them.
 
 A digest costs nothing beside the copy: each word is read once, added to the other words of its
 column of 16 lines, and only that sum is multiplied (see ``disagg.checksum``, whose definition this
@@ -16,22 +16,33 @@ import triton.language as tl
 from torch import Tensor
 
 _WIDTH = 1024
+ABOUT_WORDS = 5
 
 
-@triton.jit
+_ANY = ["offset", "row_words", "lines", "num_groups", "num_tiles"]
+
+
+@triton.jit(do_not_specialize=_ANY)  # or each part of a prompt would be compiled for
 def _rows_kernel(
     pages_ptr, about_ptr, rows_ptr, partials_ptr, columns_ptr, groups_ptr, rest_ptr,
     block_stride, offset, row_words, row_stride, lines, num_groups, num_tiles,
-    LINE: tl.constexpr, FOLD: tl.constexpr, GATHER: tl.constexpr, DIGEST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    LINE: tl.constexpr, FOLD: tl.constexpr, MODE: tl.constexpr, DIGEST: tl.constexpr,
+    EVEN: tl.constexpr, WIDTH: tl.constexpr, ABOUT: tl.constexpr,
 ):  # fmt: skip
-    """One program for ``FOLD`` lines of a row, or for ``WIDTH`` of the words behind the lines."""
+    """One program for ``FOLD`` lines of a row, or for ``WIDTH`` of the words behind the lines.
+
+    MODE 0 reads rows, 1 fills them from blocks, 2 fills blocks from them.
+    """
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    target = rows_ptr + row * row_stride
-    source = target
-    if GATHER:
-        source = pages_ptr + tl.load(about_ptr + row * 3) * block_stride + offset
+    if EVEN:
+        offset = tl.multiple_of(offset, 2)
+    source = rows_ptr + row * row_stride
+    target = source
+    if MODE == 1:
+        source = pages_ptr + tl.load(about_ptr + row * ABOUT) * block_stride + offset
+    if MODE == 2:
+        target = pages_ptr + tl.load(about_ptr + row * ABOUT) * block_stride + offset
     column = tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], dtype=tl.int64)
     if tile < num_groups:
@@ -39,7 +50,7 @@ def _rows_kernel(
             line = tile * FOLD + fold
             ok = (column < LINE) & (line < lines)
             values = tl.load(source + line * LINE + column, mask=ok, other=0)
-            if GATHER:
+            if MODE > 0:
                 tl.store(target + line * LINE + column, values, mask=ok)
             total += values
         if DIGEST:
@@ -50,7 +61,7 @@ def _rows_kernel(
         word = lines * LINE + first + column
         ok = word < row_words
         total = tl.load(source + word, mask=ok, other=0)
-        if GATHER:
+        if MODE > 0:
             tl.store(target + word, total, mask=ok)
         if DIGEST:
             total *= tl.load(rest_ptr + first + column, mask=ok, other=0)
@@ -67,34 +78,27 @@ def _mixed(state, word):
     return mixed ^ (mixed >> 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _tags_kernel(
-    partials_ptr, about_ptr, tags_ptr, layers, heads, num_tiles,
-    DIGEST: tl.constexpr, WIDTH: tl.constexpr,
+    partials_ptr, about_ptr, tags_ptr, num_tiles, DIGEST: tl.constexpr, ABOUT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program for the tag of a row: its name, its digest, and a guard over these."""
     row = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, WIDTH)
     digest = tl.zeros([], dtype=tl.int64)
     if DIGEST:
-        sums = tl.load(partials_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=0)
-        digest = tl.sum(sums)
-    sequence = tl.load(about_ptr + row * 3 + 1)
-    index = tl.load(about_ptr + row * 3 + 2)
-    layers = tl.zeros([], dtype=tl.int64) + layers
-    heads = tl.zeros([], dtype=tl.int64) + heads
+        for first in range(0, num_tiles, WIDTH):
+            tile = first + tl.arange(0, WIDTH)
+            sums = tl.load(partials_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=0)
+            digest += tl.sum(sums)
     state = tl.full([], 0xC4B15, dtype=tl.uint64)
-    state = _mixed(state, sequence.to(tl.uint64, bitcast=True))
-    state = _mixed(state, index.to(tl.uint64, bitcast=True))
-    state = _mixed(state, layers.to(tl.uint64, bitcast=True))
-    state = _mixed(state, heads.to(tl.uint64, bitcast=True))
-    state = _mixed(state, digest.to(tl.uint64, bitcast=True))
     tag = tags_ptr + row * 6
-    tl.store(tag, sequence)
-    tl.store(tag + 1, index)
-    tl.store(tag + 2, layers)
-    tl.store(tag + 3, heads)
+    for column in tl.static_range(4):
+        word = tl.load(about_ptr + row * ABOUT + 1 + column)
+        tl.store(tag + column, word)
+        state = _mixed(state, word.to(tl.uint64, bitcast=True))
     tl.store(tag + 4, digest)
+    state = _mixed(state, digest.to(tl.uint64, bitcast=True))
     tl.store(tag + 5, state.to(tl.int64, bitcast=True))
 
 
@@ -103,6 +107,7 @@ def rows_triton(
     weights: Sequence[Tensor],
     shape: tuple[int, int, int],
     *,
+    mode: int = 0,
     pages: Tensor | None = None,
     about: Tensor | None = None,
     offset: int = 0,
@@ -113,10 +118,11 @@ def rows_triton(
     Args:
         weights: of columns, of groups of lines, and of the words after the last line.
         shape: (words of a line, lines that share a weight, lines of a row).
-        pages: int64 [num_blocks, words of a block]; then rows are filled from there first.
-        about: int64 [n, 3]: block, sequence and logical index of each row; with ``pages``.
+        mode: 0 only reads the rows; 1 fills them from blocks first; 2 fills the blocks from them.
+        pages: int64 [num_blocks, words of a block], for modes 1 and 2.
+        about: int64 [n, 5]: block, sequence, logical index, layers and heads of each row.
         offset: word of a block where a row begins.
-        digest: False only fills the rows.
+        digest: False only copies.
     """
     (count, row_words), (line, fold, lines) = rows.shape, shape
     num_groups = triton.cdiv(lines, fold)
@@ -128,17 +134,15 @@ def rows_triton(
         columns, groups, rest,
         0 if pages is None else pages.stride(0), offset, row_words, rows.stride(0), lines,
         num_groups, num_tiles,
-        LINE=line, FOLD=fold, GATHER=pages is not None, DIGEST=digest, WIDTH=_WIDTH, num_warps=8,
+        LINE=line, FOLD=fold, MODE=mode, DIGEST=digest, EVEN=offset % 2 == 0, WIDTH=_WIDTH,
+        ABOUT=ABOUT_WORDS, num_warps=8,
     )  # fmt: skip
     return partials
 
 
-def tags_triton(
-    tags: Tensor, partials: Tensor, about: Tensor, layers: int, heads: int, *, digest: bool
-) -> None:
-    """Fill int64 ``tags`` [n, 6] of rows; ``layers`` and ``heads`` as they stand in a tag."""
+def tags_triton(tags: Tensor, partials: Tensor, about: Tensor, *, digest: bool) -> None:
+    """Fill int64 ``tags`` [n, 6] of rows; ``about`` and ``partials`` as above."""
     count, num_tiles = partials.shape
     _tags_kernel[(count,)](
-        partials, about, tags, layers, heads, num_tiles,
-        DIGEST=digest, WIDTH=max(16, triton.next_power_of_2(num_tiles)), num_warps=4,
-    )  # fmt: skip
+        partials, about, tags, num_tiles, DIGEST=digest, ABOUT=ABOUT_WORDS, WIDTH=64, num_warps=2
+    )
