@@ -1,10 +1,10 @@
-"""Weights on a grid: kept without loss, multiplied as exactly as floats, row by row."""
+"""Weights on a grid or in tiles: kept without loss, multiplied as exactly as their dtype allows."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from modelzoo import relative_error
+from modelzoo import make_batch, relative_error, scrambled_tables
 from torch import Tensor
 
 from ch15_helpers import load_model
@@ -19,6 +19,9 @@ from ch15_helpers.kernels.linear_cpu import (
     pack_weight,
     unpack_weight,
 )
+from ch15_helpers.kernels.rms_norm import rms_norm
+from ch15_helpers.kernels.rope import apply_rope, build_cos_sin_cache
+from ch15_helpers.kernels.rope_kv_write import rope_and_write_kv
 from ch15_helpers.kernels.swiglu import swiglu
 
 pytestmark = pytest.mark.skipif(
@@ -130,3 +133,64 @@ def test_smollm2_is_held_without_loss_in_a_quarter_of_the_bytes() -> None:
     assert cpu_library() is not None
     ids = torch.arange(40)[None] * 7
     assert relative_error(model.forward_dense(ids), plain.forward_dense(ids)) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (48, 64), (576, 1536)])
+def test_bfloat16_tiles_against_float64(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    packed = pack_weight(weight, "tiles")
+    assert packed.dim() == 5 and torch.equal(unpack_weight(packed), weight)
+    for rows in (0, 1, 2, 15, 16, 17, 32, 33, 49):
+        x = torch.randn(rows, shape[1], generator=generator).bfloat16()
+        expected = x.double() @ weight.double().T
+        out = linear(x, packed)
+        assert out.shape == (rows, shape[0]) and out.dtype == torch.bfloat16
+        if not rows:
+            continue
+        assert relative_error(out, expected) < 4e-3
+        assert torch.equal(linear(x[-1:], packed), out[-1:]), "a row depends on itself alone"
+        if shape[0] % 32 == 0:
+            gated = gated_linear(x / 64, packed)
+            assert relative_error(gated, swiglu(expected / 64)) < 1e-2
+            assert torch.equal(gated_linear(x[:1] / 64, packed), gated[:1])
+    with pytest.raises(ValueError, match="needs bfloat16"):
+        compiled_linear(torch.randn(2, shape[1]), packed)
+
+
+def test_bfloat16_layers_in_one_call_and_one_by_one() -> None:
+    """The step's one call for a layer rounds where the separate operations do."""
+    model = load_model("random:TINY", "cpu", torch.bfloat16, cpu_layout="tiles")
+    config = model.config
+    tables, num_blocks = scrambled_tables([5, 9], 4)
+    batch, positions = make_batch([5, 1], [5, 9], tables, 4)
+    shape = num_blocks, config.num_hidden_layers, 2, 4, config.num_key_value_heads, config.head_dim
+    states, pages = [], [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2)]
+    for backend, cache in zip(("compiled", "sdpa"), pages, strict=True):
+        states.append(
+            model.forward_hidden(
+                torch.arange(6), positions, cache, batch, attention_backend=backend
+            )
+        )
+    assert model.layers[0].compiled_weights() is not None, "the first goes the one way"
+    assert relative_error(states[0], states[1]) < 2e-2
+    assert relative_error(pages[0], pages[1]) < 2e-2
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_bfloat16_norm_and_rotation_against_torch(rows: int) -> None:
+    x, residual = torch.randn(2, rows, 576).bfloat16()
+    weight = torch.randn(576).bfloat16()
+    out, total = rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(total, x + residual)
+    wide = total.double()
+    scale = (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert relative_error(out, (wide * scale).bfloat16().double() * weight.double()) < 6e-3
+    q, k, v = torch.randn(rows, 10, 20).bfloat16().split((6, 2, 2), dim=1)
+    cache, positions = build_cos_sin_cache(20, 64, 1e4), torch.arange(rows)
+    pages = torch.zeros(2, 6, 8, 2, 20, dtype=torch.bfloat16)
+    rotated = rope_and_write_kv(q, k, v, *pages, cache, positions, torch.arange(rows))
+    wide_q, wide_k = apply_rope(q.double(), k.double(), cache, positions)
+    assert relative_error(rotated, wide_q) < 6e-3
+    assert relative_error(pages[0].view(-1, 2, 20)[:rows], wide_k) < 6e-3
+    assert torch.equal(pages[1].view(-1, 2, 20)[:rows], v)

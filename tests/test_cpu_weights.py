@@ -123,8 +123,8 @@ def test_the_rule_depends_on_dtype_and_processor_alone(monkeypatch: pytest.Monke
     ours = [name for name in layouts_of(torch.float32) if name in ("compiled", "grid")]
     assert choose_layout(torch.float32) == (ours[-1] if ours else "rows")
     assert choose_layout(torch.float16) == "rows"
-    native = onednn_has_bfloat16()
-    assert choose_layout(torch.bfloat16) == ("onednn" if native else "rows")
+    best = "tiles" if "tiles" in layouts_of(torch.bfloat16) else layouts_of(torch.bfloat16)[-1]
+    assert choose_layout(torch.bfloat16) == best
     monkeypatch.setattr(cpu_weights, "layouts_of", lambda dtype: ("rows",))
     monkeypatch.setattr(cpu_weights, "onednn_has_bfloat16", lambda: False)
     assert choose_layout(torch.bfloat16) == "rows"
@@ -133,7 +133,14 @@ def test_the_rule_depends_on_dtype_and_processor_alone(monkeypatch: pytest.Monke
 
 
 def test_fastest_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"rows": 4.0, "panels": 3.0, "compiled": 2.0, "grid": 1.5, "onednn": 1.0}
+    seconds = {
+        "rows": 4.0,
+        "panels": 3.0,
+        "compiled": 2.0,
+        "grid": 1.5,
+        "onednn": 1.0,
+        "tiles": 0.5,
+    }
 
     def fake(dtypes: tuple[torch.dtype, ...]) -> list[LayoutTiming]:
         found = [

@@ -8,32 +8,21 @@
 // of threads.
 //
 //   y[r][o] = sum over blocks of  scale[o] * (sum of step[o][i] * x[r][i]) + offset[o] * sum x[r][i]
-#include "cpu_threads.h"
-#include "cpu_vector.h"
-
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <cmath>
+#include <initializer_list>
 #include <type_traits>
 #include <vector>
 
-#define TILE_LOAD(T, FROM) \
-    asm volatile("tileloadd (%0,%1,1), %%tmm" #T ::"r"(FROM), "r"(64L) : "memory")
-#define TILE_STORE(T, TO) \
-    asm volatile("tilestored %%tmm" #T ", (%0,%1,1)" ::"r"(TO), "r"(64L) : "memory")
-#define TILE_ZERO(T) asm volatile("tilezero %%tmm" #T ::)
-#define TILE_DOT(SUM, X, W) \
-    asm volatile("tdpbf16ps %%tmm" #W ", %%tmm" #X ", %%tmm" #SUM ::)
+#include "cpu_threads.h"
+#include "cpu_tiles.h"
 
+#ifdef CH15_TILES
 #define INLINED __attribute__((always_inline))
 
 namespace {
 
-// A tile of the weight: BLOCK inputs by PANEL outputs; of x: up to PANEL rows by BLOCK inputs.
-constexpr long BLOCK = 32, PANEL = 16, TILE = BLOCK * PANEL, PARTS = 3;
+// A float is the sum of so many bfloat16 numbers.
+constexpr long PARTS = 3;
 // Bytes of x that stay in a core's cache while the weight goes by.
 constexpr long CACHE = 1 << 20;
 
@@ -208,12 +197,6 @@ void rows_by_panel(const uint16_t* x, const float* sums, const uint8_t* panel, u
         if (r < rows) store(out + r * stride, total[r]);
 }
 
-struct Config {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-};
-
 // All of x in parts: rows up to R of each tile, those past the last are zero.
 template <long R>
 void split_rows(const float* x, long rows, long depth, const Parts& parts) {
@@ -245,9 +228,8 @@ void multiply_rows(const float* x, long rows, long depth, const uint8_t* weight,
 #pragma omp parallel num_threads(threads)
     {
         split_rows<R>(x, rows, depth, parts);
-        Config config;
-        for (long t = 0; t < 6; ++t) config.rows[t] = t == 3 ? 16 : R;
-        asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+        TileConfig config;
+        config.use(R, {0, 1, 2, 4, 5});
         static thread_local std::vector<uint16_t> wide_memory;
         static thread_local std::vector<float> gates;
         if (long(wide_memory.size()) < depth * PANEL + 32) wide_memory.resize(depth * PANEL + 32);
@@ -274,7 +256,7 @@ void multiply_rows(const float* x, long rows, long depth, const uint8_t* weight,
                     store(to + r * stride, silu(load(&gates[r * PANEL])) * load(to + r * stride));
             }
         }
-        asm volatile("tilerelease" ::);
+        config.release();
     }
 }
 
@@ -331,12 +313,8 @@ void unpack(const uint8_t* from, long outputs, long depth, float* weight) {
 
 extern "C" {
 
-// Bytes of a tile of the weight with steps of 4 or 8 bits; 0 where the processor or the system has
-// no tiles. Linux hands them out on request, to the whole process.
-long ch15_grid_bytes(long bits) {
-    static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-    return granted ? tile_bytes(bits) : 0;
-}
+// Bytes of a tile of the weight with steps of 4 or 8 bits.
+long ch15_grid_bytes(long bits) { return tile_bytes(bits); }
 
 // weight [outputs][depth] into tiles [outputs / 16][depth / 32]; 0 where it is on no such grid.
 long ch15_grid_pack(const float* weight, long outputs, long depth, uint8_t* to, long bits,

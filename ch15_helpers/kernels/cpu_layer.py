@@ -35,10 +35,13 @@ class LayerWeights(NamedTuple):
 
     @property
     def compiled(self) -> bool:
-        """Whether all are what the kernel takes: float32, packed, norms of 16s."""
-        packed = all(is_compiled(w) for w in (*self[1:3], *self[4:]))
-        norm = self.input_norm
-        return packed and norm.dtype == torch.float32 and len(norm) % 16 == 0
+        """Whether all are what the kernels take: of one dtype, packed, norms of 16s."""
+        weights, norm = (*self[1:3], *self[4:]), self.input_norm
+        packed = all(is_compiled(w) for w in weights) and len(norm) % 16 == 0
+        in_tiles = [w.dim() == 5 for w in weights]
+        return packed and (
+            all(in_tiles) if norm.dtype == torch.bfloat16 else norm.dtype == torch.float32
+        )
 
 
 class _Step(ctypes.Structure):
@@ -65,7 +68,7 @@ class CompiledStep:
     """What one step's layers share, checked once; then each is :meth:`run_layer`.
 
     Args:
-        pages: float32 [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
+        pages: float32 or bfloat16 [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
         batch: the step's.
         rows: :func:`.rope_rows` of the step.
         heads: query heads.
@@ -91,7 +94,7 @@ class CompiledStep:
         tables = checked_tables(batch, len(slots), num_blocks, page)
         cos, sin = (row.contiguous() for row in rows)
         self._pages, self._kept = pages, (slots, *tables, cos, sin)
-        self._itemsize, self._scratch = pages.element_size(), torch.empty(0)
+        self._itemsize, self._scratch = pages.element_size(), torch.empty(0, dtype=pages.dtype)
         self._step = _Step(
             *(t.data_ptr() for t in (cos, sin, slots, *tables)), 0, len(slots), 0, 0, heads,
             kv_heads, dim, len(tables[2]), tables[0].shape[1], page, pages.stride(0),
@@ -106,7 +109,7 @@ class CompiledStep:
         Args:
             index: of the layer.
             layer: its norms and weights.
-            hidden, residual: float32 [N, hidden], contiguous; see :class:`.DecoderLayer`.
+            hidden, residual: [N, hidden], of the pages' dtype; see :class:`.DecoderLayer`.
         """
         step, weights = self._step, (*layer[1:3], *layer[4:])
         qkv, o, gate_up, down = (compiled_shape(weight) for weight in weights)
@@ -115,6 +118,7 @@ class CompiledStep:
         q_size = step.heads * step.dim
         shapes = (
             hidden.shape == residual.shape == (step.rows, qkv[1]),
+            hidden.dtype == residual.dtype == layer.input_norm.dtype == self._pages.dtype,
             qkv[0] == q_size + 2 * step.kv_heads * step.dim,
             o == (step.hidden, q_size),
             gate_up == (2 * step.inner, step.hidden),
@@ -124,16 +128,17 @@ class CompiledStep:
             raise ValueError(f"layer {index} does not fit states of {tuple(hidden.shape)}")
         size = step.hidden + qkv[0] + step.inner
         size = step.rows * (size + 2 * step.heads * step.dim)
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size)
-            step.scratch = self._scratch.data_ptr()
         pages = self._pages
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=pages.dtype)
+            step.scratch = self._scratch.data_ptr()
         keys = pages.data_ptr() + index * pages.stride(1) * self._itemsize
         library, words = cpu_library(), [layer.input_norm.data_ptr(), layer.post_norm.data_ptr()]
         for weight in weights:
             words += weight.data_ptr(), grid_bits(weight)
         assert library is not None
-        library.ch15_layer(
+        run = library.ch15_layer if self._itemsize == 4 else library.ch15_layer_bfloat16
+        run(
             (ctypes.c_int64 * len(words))(*words), ctypes.byref(step), keys,
             keys + pages.stride(2) * self._itemsize, hidden.data_ptr(), residual.data_ptr(),
         )  # fmt: skip
@@ -150,9 +155,9 @@ def compiled_step(
     rows: tuple[Tensor, Tensor],
 ) -> CompiledStep | None:
     """A :class:`CompiledStep`, or None where the kernel does not take the pages or the backend."""
-    if backend not in ("auto", "compiled") or pages.dtype != torch.float32 or pages.shape[5] % 2:
+    if backend not in ("auto", "compiled") or pages.shape[5] % 2:
         return None
-    q = rows[0].new_empty(0, heads, pages.shape[5])
+    q = pages.new_empty(0, heads, pages.shape[5])
     k_cache, v_cache = pages.select(1, 0).unbind(1)
     if compiled_unsupported_reason(q, k_cache, v_cache) is not None:
         return None

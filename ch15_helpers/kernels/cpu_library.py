@@ -29,12 +29,13 @@ import torch
 SOURCES = (
     "cpu_linear.cpp",
     "cpu_grid.cpp",
+    "cpu_bfloat16.cpp",
     "cpu_attention.cpp",
     "cpu_pointwise.cpp",
     "cpu_layer.cpp",
     "cpu_digest.cpp",
 )
-HEADERS = ("cpu_threads.h", "cpu_vector.h")
+HEADERS = ("cpu_threads.h", "cpu_tiles.h", "cpu_vector.h")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -52,10 +53,14 @@ _MIN_WORK = 1 << 15
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ATTENTION: list[type] = [_POINTER] * 7 + [_LONG] * 10 + [_FLOAT, _INT]
+_NORM: list[type] = [_POINTER] * 5 + [_LONG, _LONG, _FLOAT, _INT]
+_ROPE: list[type] = [_POINTER] * 9 + [_LONG] * 9 + [_INT]
 _SIGNATURES: dict[str, list[type]] = {
     "ch15_width": [],
     "ch15_linear": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
     "ch15_gated_linear": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT],
+    "ch15_has_tiles": [],
+    "ch15_linear_bfloat16": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT, _INT],
     "ch15_grid_bytes": [_LONG],
     "ch15_grid_pack": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT],
     "ch15_grid_unpack": [_POINTER, _LONG, _LONG, _POINTER, _LONG],
@@ -64,8 +69,11 @@ _SIGNATURES: dict[str, list[type]] = {
     "ch15_attention_bfloat16": _ATTENTION,
     "ch15_digest": [_POINTER, *[_LONG] * 4, *[_POINTER] * 4],
     "ch15_layer": [_POINTER] * 6,
-    "ch15_rms_norm": [_POINTER] * 5 + [_LONG, _LONG, _FLOAT, _INT],
-    "ch15_rope_write": [_POINTER] * 9 + [_LONG] * 9 + [_INT],
+    "ch15_layer_bfloat16": [_POINTER] * 6,
+    "ch15_rms_norm": _NORM,
+    "ch15_rms_norm_bfloat16": _NORM,
+    "ch15_rope_write": _ROPE,
+    "ch15_rope_write_bfloat16": _ROPE,
 }
 
 
@@ -151,8 +159,8 @@ def load_library(path: Path) -> ctypes.CDLL:
         except AttributeError as error:
             raise OSError(f"{path} has no {name}; delete it, and it is built anew") from error
         function.argtypes, function.restype = arguments, None
-    for function in (library.ch15_width, library.ch15_grid_bytes, library.ch15_grid_pack):
-        function.restype = _LONG
+    for name in ("ch15_width", "ch15_has_tiles", "ch15_grid_bytes", "ch15_grid_pack"):
+        getattr(library, name).restype = _LONG
     return library
 
 

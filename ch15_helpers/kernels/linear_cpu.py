@@ -9,7 +9,8 @@ C++ to multiply them (:mod:`~ch15_helpers.kernels.cpu_library`). ``grid`` is wha
 checkpoint's float32 weight is without loss: whole steps of 4 or 8 bits with a scale and an offset
 for each 32 inputs, which the processor's matrix tiles multiply (``cpu_grid.cpp``). ``onednn`` is
 oneDNN's own order, for bfloat16; its products are the same bits as those of ``rows``, which oneDNN
-would repack in every call.
+would repack in every call. ``tiles`` is for bfloat16, too: the order of the matrix tiles that our
+own C++ uses (``cpu_bfloat16.cpp``), so that a whole layer is one call.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ch15_helpers.kernels.cpu_library import cpu_library, threads_for
 
-LAYOUTS = ("rows", "panels", "onednn", "compiled", "grid")
+LAYOUTS = ("rows", "panels", "onednn", "compiled", "grid", "tiles")
 # Inputs and outputs of one tile of the layout ``grid``, and the bits that its steps may have.
 _BLOCK, _PANEL, _BITS = 32, 16, (4, 8)
 
@@ -44,11 +45,16 @@ def layouts_of(dtype: torch.dtype) -> tuple[str, ...]:
         panels = ("panels",) if _has_mkl() else ()
         library = cpu_library()
         ours = ("compiled",) if library is not None else ()
-        grid = ("grid",) if library is not None and library.ch15_grid_bytes(4) else ()
-        return ("rows", *panels, *ours, *grid)
-    if dtype == torch.bfloat16 and onednn_has_bfloat16():
-        return ("rows", "onednn")
+        return ("rows", *panels, *ours, *(("grid",) if _has_tiles() else ()))
+    if dtype == torch.bfloat16:
+        onednn = ("onednn",) if onednn_has_bfloat16() else ()
+        return ("rows", *onednn, *(("tiles",) if _has_tiles() else ()))
     return ("rows",)
+
+
+def _has_tiles() -> bool:
+    library = cpu_library()
+    return library is not None and bool(library.ch15_has_tiles())
 
 
 def onednn_has_bfloat16() -> bool:
@@ -73,7 +79,8 @@ def pack_weight(weight: Tensor, layout: str) -> Tensor:
     Returns:
         ``panels``: [out_features / width, in_features, width]; ``compiled``: the same with a last
         axis of 1, to tell them apart; ``grid``: uint8 [out_features / 16, in_features / 32, bytes
-        of a tile], or ``compiled`` where the weight is on no grid; ``onednn``: an opaque tensor of
+        of a tile], or ``compiled`` where the weight is on no grid; ``tiles``: bfloat16
+        [out_features / 16, in_features / 32, 16, 16, 2]; ``onednn``: an opaque tensor of
         the weight's shape, of which only :func:`linear_cpu` and :func:`unpack_weight` make sense.
     """
     if weight.dim() != 2 or layout not in layouts_of(weight.dtype):
@@ -86,6 +93,8 @@ def pack_weight(weight: Tensor, layout: str) -> Tensor:
         return _pack_compiled(weight) if packed_grid is None else packed_grid
     if layout == "compiled":
         return _pack_compiled(weight)
+    if layout == "tiles":
+        return _pack_tiles(weight)
     width = slice_width(weight) if layout == "panels" else 0
     if not width:
         return weight
@@ -103,6 +112,8 @@ def unpack_weight(weight: Tensor, dim: int = 2) -> Tensor:
         return weight.to_dense()
     if weight.dtype == torch.uint8:
         return _unpack_grid(weight)
+    if weight.dim() == 5:
+        return weight.permute(0, 3, 1, 2, 4).reshape(compiled_shape(weight))
     if weight.dim() == 4:
         return weight[..., 0].transpose(1, 2).reshape(-1, weight.shape[1])
     if dim == 2 and weight.dim() == 3:
@@ -151,6 +162,14 @@ def _pack_compiled(weight: Tensor) -> Tensor:
     return weight.view(-1, width, weight.shape[1]).transpose(1, 2).contiguous().unsqueeze(-1)
 
 
+def _pack_tiles(weight: Tensor) -> Tensor:
+    outputs, depth = weight.shape
+    if outputs % _PANEL or depth % _BLOCK:
+        return weight
+    tiles = weight.view(outputs // _PANEL, _PANEL, depth // _BLOCK, _BLOCK // 2, 2)
+    return tiles.permute(0, 2, 3, 1, 4).contiguous()
+
+
 def _pack_grid(weight: Tensor) -> Tensor | None:
     """The weight in the fewest bits that hold it exactly, None where it is on no grid."""
     library, (outputs, depth) = cpu_library(), weight.shape
@@ -176,8 +195,8 @@ def _unpack_grid(weight: Tensor) -> Tensor:
 
 
 def is_compiled(weight: Tensor) -> bool:
-    """Whether :func:`compiled_linear` takes this weight: it is ``compiled`` or on a ``grid``."""
-    return weight.dim() == 4 or weight.dtype == torch.uint8
+    """Whether :func:`compiled_linear` takes it: it is ``compiled``, on a ``grid``, in ``tiles``."""
+    return weight.dim() >= 4 or weight.dtype == torch.uint8
 
 
 def grid_bits(weight: Tensor) -> int:
@@ -190,7 +209,7 @@ def grid_bits(weight: Tensor) -> int:
 
 def compiled_shape(weight: Tensor) -> tuple[int, int]:
     """(out_features, in_features) of a weight that :func:`is_compiled`."""
-    if weight.dtype == torch.uint8:
+    if weight.dtype == torch.uint8 or weight.dim() == 5:
         return weight.shape[0] * _PANEL, weight.shape[1] * _BLOCK
     return weight.shape[0] * weight.shape[2], weight.shape[1]
 
@@ -204,27 +223,31 @@ def compiled_linear(
     are, nor on the number of threads.
 
     Args:
-        x: float32 [num_tokens, in_features].
+        x: [num_tokens, in_features], bfloat16 for a weight in ``tiles``, else float32.
         weight: from :func:`pack_weight`.
         bias: [out_features] or None.
         gated: return ``silu(gate) * up`` of the two halves of the output features; each must be
             whole panels (:func:`can_gate`).
     """
     outputs, depth = compiled_shape(weight)
-    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != depth:
+    dtype = torch.bfloat16 if weight.dim() == 5 else torch.float32
+    if x.dtype != dtype or x.dim() != 2 or x.shape[1] != depth:
         raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)}; this weight needs float32 [tokens, {depth}]"
+            f"x is {x.dtype} {tuple(x.shape)}; this weight needs "
+            f"{str(dtype).removeprefix('torch.')} [tokens, {depth}]"
         )
     library = cpu_library()
     assert library is not None, "pack_weight needed it, too"
     x = x.contiguous()
     rows, kept = x.shape[0], outputs // 2 if gated else outputs
-    out = torch.empty(rows, kept)
+    out = torch.empty(rows, kept, dtype=dtype)
     threads = threads_for(rows * depth * outputs)
     call = x.data_ptr(), rows, depth, weight.data_ptr()
     if bits := grid_bits(weight):
         panels = kept // _PANEL
         library.ch15_grid_linear(*call, panels, out.data_ptr(), bits, gated, threads)
+    elif weight.dim() == 5:
+        library.ch15_linear_bfloat16(*call, kept // _PANEL, out.data_ptr(), gated, threads)
     else:
         multiply = library.ch15_gated_linear if gated else library.ch15_linear
         multiply(*call, kept // weight.shape[2], out.data_ptr(), threads)

@@ -14,6 +14,8 @@ from torch import Tensor
 from ch15_helpers.kernels.cpu_library import cpu_library, threads_for
 from ch15_helpers.kernels.dispatch import use_triton
 
+_FUNCTIONS = {torch.float32: "ch15_rms_norm", torch.bfloat16: "ch15_rms_norm_bfloat16"}
+
 
 @overload
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -50,8 +52,8 @@ def rms_norm(
 
 
 def _can_compile(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
-    """Whether ``cpu_pointwise.cpp`` takes these: float32 matrices on the CPU, rows of 16s."""
-    if x.dim() != 2 or x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[1] % 16:
+    """Whether ``cpu_pointwise.cpp`` takes these: matrices on the CPU, rows of 16s."""
+    if x.dim() != 2 or x.dtype not in _FUNCTIONS or x.device.type != "cpu" or x.shape[1] % 16:
         return False
     same = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     fits = weight.shape == x.shape[1:] and weight.dtype == x.dtype and weight.is_contiguous()
@@ -68,7 +70,7 @@ def _compiled(
         more = residual.data_ptr()
     library = cpu_library()
     assert library is not None
-    library.ch15_rms_norm(
+    getattr(library, _FUNCTIONS[x.dtype])(
         x.data_ptr(), more, weight.data_ptr(), out.data_ptr(), total.data_ptr(), *x.shape, eps,
         threads_for(x.numel()),
     )  # fmt: skip

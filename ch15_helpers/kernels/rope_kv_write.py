@@ -17,6 +17,8 @@ from ch15_helpers.kernels.dispatch import use_triton
 from ch15_helpers.kernels.kv_write import write_kv
 from ch15_helpers.kernels.rope import apply_rope, rope_rows
 
+_FUNCTIONS = {torch.float32: "ch15_rope_write", torch.bfloat16: "ch15_rope_write_bfloat16"}
+
 
 def rope_and_write_kv(
     q: Tensor,
@@ -59,8 +61,8 @@ def rope_and_write_kv(
 
 
 def _can_compile(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether ``cpu_pointwise.cpp`` takes these: float32 slices of one projection on the CPU."""
-    if q.device.type != "cpu" or q.dtype != torch.float32 or cpu_library() is None:
+    """Whether ``cpu_pointwise.cpp`` takes these: slices of one projection on the CPU."""
+    if q.device.type != "cpu" or q.dtype not in _FUNCTIONS or cpu_library() is None:
         return False
     dim, caches = q.shape[2], (k_cache, v_cache)
     packed = q.stride() == k.stride() == v.stride() and q.stride()[1:] == (dim, 1)
@@ -86,10 +88,10 @@ def _compiled(
         if len(slot_mapping) and int(slot_mapping.max()) >= num_blocks * page:
             raise IndexError(f"a slot lies outside {num_blocks} blocks of {page} tokens")
         scratch[key] = slot_mapping.contiguous()
-    library, out = cpu_library(), torch.empty(q.shape)
+    library, out = cpu_library(), torch.empty(q.shape, dtype=q.dtype)
     assert library is not None
     cos, sin = (row.contiguous() for row in rows)
-    library.ch15_rope_write(
+    getattr(library, _FUNCTIONS[q.dtype])(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         scratch[key].data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.stride(0), page, *k_cache.stride()[:3],

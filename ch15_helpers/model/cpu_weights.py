@@ -1,12 +1,13 @@
 """Which layout and dtype a model's weights get on the CPU: by a fixed rule, or by measurement.
 
 The rule (``layout=None``) depends on the dtype and the machine alone, so that every process of
-a run rounds alike: float32 gets ``grid`` where the processor has matrix tiles (a weight that is on
-no grid then gets ``compiled``), ``compiled`` where our kernels can be compiled, bfloat16 gets
-``onednn`` where oneDNN takes it, all else keeps ``rows``. (SmolLM2's 121 matrices on two AVX-512
-cores, ``rows`` against ``compiled``: 1 token 20.4 ms, 19.3; 4 tokens 37.7, 20.7; 16 tokens 47.4,
-27.2; 64 tokens 80, 55; 256 tokens 222, 190.) A measurement (``layout="fastest"``, or
-``dtype="fastest"`` of :func:`.load_model`) times each candidate on this machine; two runs may
+a run rounds alike: where the processor has matrix tiles, float32 gets ``grid`` (a weight that is on
+no grid then gets ``compiled``) and bfloat16 gets ``tiles``; elsewhere float32 gets ``compiled``
+where our kernels can be compiled and bfloat16 ``onednn`` where oneDNN takes it; all else keeps
+``rows``. (SmolLM2 on two cores, a whole decode step, ``compiled`` against ``grid``: 1 token
+19.3 ms, 6.1; 16 tokens 35.4, 17.3; 32 tokens 52.4, 28.2. ``onednn`` against ``tiles``: 21.5, 10.6;
+30.0, 16.4; 39.7, 24.9.) A measurement (``layout="fastest"``, or ``dtype="fastest"`` of
+:func:`.load_model`) times each candidate on this machine; two runs may
 choose differently, and then their float32 logits differ in the last bits.
 """
 
@@ -34,6 +35,8 @@ from ch15_helpers.model.dense_mlp import DenseMLP
 from ch15_helpers.model.transformer import Transformer
 
 FASTEST = "fastest"
+# The first of these that there is: none of them is slower than one that comes after it.
+_RULE = ("grid", "compiled", "tiles", "onednn")
 # Tokens in a step: a lone request, a few, a batch.
 _TOKENS = (1, 4, 16)
 # SmolLM2's widest matrix, in more copies than a core's own cache holds.
@@ -93,7 +96,7 @@ def choose_layout(dtype: torch.dtype, layout: str | None = None) -> str:
     """
     available = layouts_of(dtype)
     if layout is None:
-        return next((name for name in ("grid", "compiled", "onednn") if name in available), "rows")
+        return next((name for name in _RULE if name in available), "rows")
     if layout == FASTEST:
         return measure_layouts((dtype,))[0].layout
     if layout not in LAYOUTS:
@@ -120,7 +123,7 @@ def pack_weights(model: Transformer, layout: str) -> None:
     """
     if layout == "rows":
         return
-    place = _Places(model) if layout in ("compiled", "grid") else _as_it_is
+    place = _Places(model) if layout in ("compiled", "grid", "tiles") else _as_it_is
     for layer in model.layers:
         layer.qkv_proj = place(pack_weight(layer.qkv_proj, layout))
         layer.o_proj = place(pack_weight(layer.o_proj, layout))

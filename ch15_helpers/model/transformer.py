@@ -252,7 +252,7 @@ class Transformer:
         attend_layer = partial(self.paged_attend, pages=pages, batch=batch,
                                backend=attention_backend, kv_scales=kv_scales)  # fmt: skip
         step = None
-        if kv_scales is None:
+        if kv_scales is None and pages.dtype == self.dtype:
             step = partial(
                 compiled_step, pages, batch, attention_backend, self.config.num_attention_heads,
                 self.config.rms_norm_eps, self.scale,
