@@ -168,6 +168,34 @@ def test_blocks_are_given_back_only_when_the_wire_has_let_go(how: str) -> None:
     ends.leases.check_invariants()
 
 
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_void_send_ends_what_was_promised(given_up: bool) -> None:
+    ends = Ends()
+    other = [8, 9, 10, 11]
+    lease = ends.leases.grant("r", other, 9.0)
+    receive = ends.receive(other, lease, timeout_s=1.0)
+    if given_up:
+        ends.ends[1].cancel(receive)
+        ends.leases.release(lease)
+        assert not ends.ended and lease.pins
+    else:
+        ends.clock.advance_to(0.9)
+        ends.ends[1].extend(receive, 1.0)
+        ends.clock.advance_to(1.8)
+    before = ends.caches[0].pages.clone()
+    ends.ends[0].send_void(refs_of([0, 1, 2, 3], 1), to=1, channel=1)
+    ends.ends[1].poll()
+    assert receive.done and receive.ok == [False] * 4 and lease.pins == 0
+    if given_up:
+        assert ends.ended == [lease]
+    else:
+        assert receive.state is TransferState.DONE and receive.to_recompute == [0, 1, 2, 3]
+    assert (ends.caches[1].pages == 0).all() and torch.equal(ends.caches[0].pages, before)
+    assert ends.ends[0].num_pending == 0
+    for end in ends.ends:
+        end.check_invariants()
+
+
 def test_a_transfer_that_was_given_up_in_the_queue_never_aims_at_the_pool(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

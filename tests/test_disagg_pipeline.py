@@ -72,6 +72,27 @@ def test_tokens_are_those_of_one_engine(
     assert decode.max_batch > 1  # decodes of several requests in one step
 
 
+@pytest.mark.parametrize("num_batched", [2048, 256])  # prompts in one step: their parts are planned
+def test_parts_that_are_not_sent_after_all_keep_no_block(num_batched: int) -> None:
+    """A first token that ends its request: what waits for parts of it learns that none come."""
+    prompts = [[1 + (5 * number + 3 * k) % 400 for k in range(520 + number)] for number in range(4)]
+    engine = Engine(load_model("random:TINY", device="cpu"), EngineConfig(num_blocks=256))
+    first = engine.generate(prompts, SamplingParams(max_tokens=1))
+    ends = [SamplingParams(max_tokens=9, stop_token_ids=(out.token_ids[0],)) for out in first]
+    options = {"num_blocks": 160, "max_num_batched_tokens": num_batched}
+    spec = DisaggSpec.from_dict({**SPEC.to_dict(), "engine": options})
+    with DisaggCluster.launch(spec, threads=1) as cluster:
+        for overlap in (False, True):
+            run = cluster.run(prompts, ends, overlap=overlap)
+            assert tokens(run) == [out.token_ids for out in first]
+            cluster.check_drained()
+        run = cluster.run(prompts, GREEDY)
+        assert no_errors(run) and len(run.handovers) == len(prompts)
+        # Parts that are planned have no message of their own: reserve, grant and final are all.
+        counts = {each.num_messages for each in run.handovers}
+        assert counts == {3} if num_batched == 2048 else min(counts) > 3
+
+
 def test_a_handover_is_taken_apart(cluster: DisaggCluster) -> None:
     for overlap in (True, False):
         run = cluster.run(PROMPTS, GREEDY, overlap=overlap, max_open=1)

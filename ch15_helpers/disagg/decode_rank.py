@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ch15_helpers.disagg.decode import arriving_request
-from ch15_helpers.disagg.handover import Arrival
+from ch15_helpers.disagg.handover import Arrival, nowhere
 from ch15_helpers.disagg.leases import Lease, LeaseTable
-from ch15_helpers.disagg.pool import BlockRef, Part, refs_of
+from ch15_helpers.disagg.pool import Part, refs_of
 from ch15_helpers.disagg.rank import RankServer, Stopwatch, heard
 from ch15_helpers.disagg.recompute import recompute_blocks
 from ch15_helpers.disagg.stages import DecodeEngine
@@ -129,7 +129,7 @@ class DecodeServer(RankServer):
         attempt, params = message["attempt"], SamplingParams(**message["params"])
         model, arrival_s = self.engine.model, message["arrival_s"]
         request = arriving_request(str(attempt), message["prompt"], params, model, arrival_s)
-        arrival = Arrival(attempt, source, request, time.monotonic())
+        arrival = Arrival(attempt, source, request, time.monotonic(), plan=message["plan"])
         reason = self._scheduler.residency.why_never(request)
         if reason is not None:
             self._say(arrival, {"op": "refuse", "error": reason})
@@ -154,27 +154,38 @@ class DecodeServer(RankServer):
             self._open[arrival.attempt] = arrival
             arrival.notes["blocked_s"] = blocked_s = time.monotonic() - arrival.asked_s
             self.count(backpressure_s=blocked_s)
-            self._say(arrival, {"op": "grant"})
+            for about in arrival.plan:
+                self._expect(arrival, about)
+            self._say(arrival, {"op": "grant", "plan": arrival.plan})
             happened = True
         return happened
 
     def _renew(self, arrival: Arrival) -> None:
         if arrival.lease is not None:
             self._leases.renew(arrival.lease, self.spec.handover_timeout_s)
+        for transfer in arrival.transfers:
+            self.transport.extend(transfer, self.spec.handover_timeout_s)
 
     def _receive(self, source: int, message: Message, arrival: Arrival | None) -> None:
         """A part is coming. One that is not wanted is received all the same, into nowhere."""
-        first, last = message["blocks"]
-        low, high = message["layers"]
-        part, attempt = Part((low, high), self.pool.heads), message["attempt"]
+        about, attempt = message["part"], message["attempt"]
         if arrival is None or arrival.lease is None:
-            refs = [BlockRef(index - first, attempt, index) for index in range(first, last)]
+            refs, part = nowhere(about, attempt, self.pool.heads)
             sink = self.transport.receive(refs, source=source, channel=attempt, part=part)
             self.transport.cancel(sink)
             return
         self._renew(arrival)
+        self._expect(arrival, about)
+
+    def _expect(self, arrival: Arrival, about: Sequence[int]) -> None:
+        """Start to receive a part, described as in a plan."""
+        first, last, low, high = about
         transfer = self.transport.receive(
-            arrival.refs[first:last], source=source, channel=attempt, part=part, lease=arrival.lease
+            arrival.refs[first:last],
+            source=arrival.source,
+            channel=arrival.attempt,
+            part=Part((low, high), self.pool.heads),
+            lease=arrival.lease,
         )
         arrival.transfers.append(transfer)
         self._of_transfer[transfer] = arrival

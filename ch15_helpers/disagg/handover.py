@@ -1,9 +1,18 @@
-"""One request between two ranks: what each side knows of it, and notes for ``results``."""
+"""One request between two ranks: what each side knows of it, and notes for ``results``.
+
+A plan has [first block, last block, first layer, last layer] of each part, ends excluded. It is
+made when a prompt is computed in one step, goes with the request for blocks, and spares each part
+a message of its own; the other side starts to receive all of them when it grants the blocks. So a
+part that will not be sent after all must be sent void.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from ch15_helpers.disagg.leases import Lease
@@ -38,6 +47,8 @@ class Handover:
     queue: deque[ReadyPart] = field(default_factory=deque)  # computed, and not sent
     under_way: dict[Transfer, ReadyPart] = field(default_factory=dict)
     num_parts: int = 0
+    plan: list[list[int]] = field(default_factory=list)
+    num_sent: int = 0  # parts
     token: int | None = None
     first_s: float = 0.0
     asked_s: float | None = None
@@ -49,6 +60,26 @@ class Handover:
             "pack_s": 0.0, "num_messages": 0, "metadata_bytes": 0,
         }
     )  # fmt: skip
+
+    def promise(self, num_blocks: int, ends: Sequence[int]) -> None:
+        """Plan parts of all blocks, each of the layers up to the next end."""
+        self.plan = [[0, num_blocks, *layers] for layers in pairwise([0, *ends])]
+
+    def add(self, name: tuple[str, int, int], table: Sequence[int], first: int, part: Part) -> None:
+        """A part of blocks ``first ..``, which lie in ``table``, is computed."""
+        blocks = first, first + len(table)
+        if self.refs_of != blocks:  # the parts of a chunk have the same blocks
+            pairs = enumerate(table, first)
+            self.refs = [BlockRef(block, self.attempt, index) for index, block in pairs]
+            self.refs_of = blocks
+        self.queue.append(ReadyPart(name, self.refs, part, time.monotonic()))
+        self.num_parts += 1
+
+    def computed(self, start_s: float, end_s: float) -> None:
+        """A step of its prompt was run."""
+        self.notes["steps"].append((start_s, end_s))
+        if self.notes["began_s"] is None:
+            self.notes["began_s"] = start_s
 
 
 @dataclass(eq=False, slots=True)
@@ -65,6 +96,7 @@ class Arrival:
     lease: Lease | None = None
     refs: list[BlockRef] = field(default_factory=list)  # of all blocks of the lease
     transfers: list[Transfer] = field(default_factory=list)
+    plan: list[list[int]] = field(default_factory=list)
     num_parts: int | None = None  # known at the end
     damaged: set[int] = field(default_factory=set)
     notes: dict[str, Any] = field(
@@ -78,3 +110,12 @@ class Arrival:
     def is_complete(self) -> bool:
         """Whether all parts have been looked at."""
         return self.num_parts == len(self.transfers) and all(t.done for t in self.transfers)
+
+
+def nowhere(
+    about: Sequence[int], attempt: int, heads: tuple[int, int]
+) -> tuple[list[BlockRef], Part]:
+    """A part as in a plan, with references that say how much it is and not where."""
+    first, last, low, high = about
+    refs = [BlockRef(index - first, attempt, index) for index in range(first, last)]
+    return refs, Part((low, high), heads)

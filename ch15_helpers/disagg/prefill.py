@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from ch15_helpers.disagg.decode import arriving_request
-from ch15_helpers.disagg.handover import Handover, ReadyPart
+from ch15_helpers.disagg.handover import Handover, ReadyPart, nowhere
 from ch15_helpers.disagg.overlap import Pace, part_ends
-from ch15_helpers.disagg.pool import BlockRef, Part
+from ch15_helpers.disagg.pool import Part
 from ch15_helpers.disagg.rank import RankServer, Stopwatch, heard
 from ch15_helpers.disagg.transfer import Transfer, TransferState
 from ch15_helpers.errors import InvalidRequestError
@@ -39,6 +39,9 @@ class PrefillServer(RankServer):
         self._first_layer_s = 0.0
         self._unwanted: list[int] = []
         self._first_layer = 0  # of the part that is being computed
+        # A wire that ignores channels matches what both sides start in the same order, and parts of
+        # several prompts alternate. NIXL has few buffers, and a receive would keep one for long.
+        self._can_plan = not self.wire.in_order and self.spec.transport != "nixl"
 
     @property
     def num_handovers(self) -> int:
@@ -84,6 +87,8 @@ class PrefillServer(RankServer):
                 happened = True
                 handover = self._open.get(message["attempt"])
                 if handover is None:
+                    if message["op"] == "grant":  # given up meanwhile
+                        self._send_void(rank, message["attempt"], message["plan"])
                     continue
                 if message["op"] == "grant":
                     handover.granted = True
@@ -157,12 +162,14 @@ class PrefillServer(RankServer):
                 continue
             handover.asked_s = time.monotonic()
             params = {name: getattr(handover.params, name) for name in _PARAMS}
+            if self._can_plan and chunk.is_last:
+                ends = sorted(self._part_ends) if self.overlap else [self._num_layers]
+                handover.promise(self._whole_blocks(chunk), ends)
             about = {"prompt": handover.prompt, "params": params, "arrival_s": handover.arrival_s}
-            self._say(handover, {"op": "reserve", **about})
+            self._say(handover, {"op": "reserve", "plan": handover.plan, **about})
 
     def _add_parts(self, step: Step, layers: tuple[int, int], step_ends: bool) -> None:
         """These layers of the step's chunks are computed."""
-        now_s = time.monotonic()
         for chunk in step.chunks:
             handover = self._open.get(int(chunk.request.request_id))
             if handover is None or handover.asked_s is None:
@@ -173,7 +180,7 @@ class PrefillServer(RankServer):
             start, stop = handover.num_blocks, self._whole_blocks(chunk)
             if start < stop:
                 of_part = layers if in_pieces else (0, self._num_layers)
-                self._add_part(handover, chunk.request, (start, stop), of_part, now_s)
+                self._add_part(handover, chunk.request, (start, stop), of_part)
             if step_ends:
                 handover.num_blocks = stop
 
@@ -183,26 +190,14 @@ class PrefillServer(RankServer):
         return -(-end // size) if chunk.is_last else end // size
 
     def _add_part(
-        self,
-        handover: Handover,
-        request: Request,
-        blocks: tuple[int, int],
-        layers: tuple[int, int],
-        now_s: float,
+        self, handover: Handover, request: Request, blocks: tuple[int, int], layers: tuple[int, int]
     ) -> None:
         manager = self.engine.scheduler.blocks
-        first, last = blocks
-        table = manager.table(request.request_id)[first:last]
+        table = manager.table(request.request_id)[slice(*blocks)]
         name = ("part", handover.attempt, handover.num_parts)
         manager.adopt(name, table)
         self.engine.scheduler.num_guests += 1
-        if handover.refs_of != blocks:  # the parts of a chunk have the same blocks
-            pairs = enumerate(table, first)
-            handover.refs = [BlockRef(block, handover.attempt, index) for index, block in pairs]
-            handover.refs_of = blocks
-        refs = handover.refs
-        handover.queue.append(ReadyPart(name, refs, Part(layers, self.pool.heads), now_s))
-        handover.num_parts += 1
+        handover.add(name, table, blocks[0], Part(layers, self.pool.heads))
 
     def _computed(self, output: RequestOutput) -> None:
         """A prompt is done: its first token is known."""
@@ -237,8 +232,10 @@ class PrefillServer(RankServer):
         return happened
 
     def _send(self, handover: Handover, part: ReadyPart) -> None:
-        first, last = part.refs[0].index, part.refs[-1].index + 1
-        self._say(handover, {"op": "part", "blocks": [first, last], "layers": part.part.layers})
+        if not handover.plan:
+            about = [part.refs[0].index, part.refs[-1].index + 1, *part.part.layers]
+            self._say(handover, {"op": "part", "part": about})
+        handover.num_sent += 1
         transfer = self.transport.send(
             part.refs, to=handover.target, channel=handover.attempt, part=part.part
         )
@@ -304,6 +301,15 @@ class PrefillServer(RankServer):
             self._free(handover.queue.popleft().name)
         for transfer in list(handover.under_way):
             self.transport.cancel(transfer)
+        if handover.granted:
+            unsent = handover.plan[handover.num_sent :]
+            self._send_void(handover.target, handover.attempt, unsent)
+
+    def _send_void(self, target: int, attempt: int, plan: list[list[int]]) -> None:
+        """What a decode rank waits for does not come."""
+        for about in plan:
+            refs, part = nowhere(about, attempt, self.pool.heads)
+            self.transport.send_void(refs, to=target, channel=attempt, part=part)
 
     def _free(self, name: tuple[str, int, int]) -> None:
         self.engine.scheduler.blocks.free(name)
@@ -324,10 +330,7 @@ class PrefillServer(RankServer):
         for chunk in record.step.chunks:
             handover = self._open.get(int(chunk.request.request_id))
             if handover is not None:
-                notes = handover.notes
-                notes["steps"].append((record.start_s, record.end_s))
-                if notes["began_s"] is None:
-                    notes["began_s"] = record.start_s
+                handover.computed(record.start_s, record.end_s)
 
     def _answer(
         self,

@@ -1,13 +1,14 @@
-"""One movement of blocks between two ranks: its state, and what arrived how."""
+"""One movement of blocks between two ranks, its state and what arrived how; who moves them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, Protocol
 
 from ch15_helpers.disagg.leases import Lease
-from ch15_helpers.disagg.pool import BlockRef, Part
+from ch15_helpers.disagg.pool import BlockRef, Part, RegisteredPool
 
 
 class TransferState(Enum):
@@ -76,6 +77,7 @@ class Transfer:
     # Of the transport:
     num_left: int = 0
     positions: dict[tuple[int, int], int] = field(default_factory=dict)
+    table: Any = None  # of its blocks, on a GPU
 
     @property
     def done(self) -> bool:
@@ -92,3 +94,53 @@ class Transfer:
         """Logical indices of the blocks that must be computed again, ascending."""
         landed = self.report.landed
         return sorted(ref.index for i, ref in enumerate(self.refs) if i not in landed)
+
+
+class Transport(Protocol):
+    """What the pipeline needs of a transport. Not for several threads at a time."""
+
+    def register(self, pool: RegisteredPool) -> None:
+        """Name the pool whose blocks will travel."""
+
+    def send(
+        self,
+        refs: Sequence[BlockRef],
+        *,
+        to: int,
+        channel: int,
+        part: Part | None = None,
+        timeout_s: float | None = None,
+    ) -> Transfer:
+        """Start sending blocks; they must stay as they are until the transfer is done."""
+
+    def receive(
+        self,
+        refs: Sequence[BlockRef],
+        *,
+        source: int,
+        channel: int,
+        part: Part | None = None,
+        timeout_s: float | None = None,
+        lease: Lease | None = None,
+    ) -> Transfer:
+        """Start receiving blocks into the pool."""
+
+    def send_void(
+        self, refs: Sequence[BlockRef], *, to: int, channel: int, part: Part | None = None
+    ) -> None:
+        """Send nothing in place of blocks that a receiver was promised."""
+
+    def poll(self) -> list[Transfer]:
+        """Let everything make progress without waiting; returns the transfers that are over."""
+
+    def wait(self, *transfers: Transfer) -> None:
+        """Make progress until all these are done, which their deadlines guarantee."""
+
+    def extend(self, transfer: Transfer, timeout_s: float) -> None:
+        """Move a deadline to ``timeout_s`` from now."""
+
+    def cancel(self, transfer: Transfer) -> bool:
+        """Give a transfer up; False when it is done already."""
+
+    def close(self) -> None:
+        """Give everything up and let go of the medium."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
 
 from ch15_helpers.disagg.clock import Clock, VirtualClock
 from ch15_helpers.disagg.freight import Batch, Freight
@@ -28,48 +27,7 @@ from ch15_helpers.disagg.wire import Wire, WireMessage
 from ch15_helpers.errors import TransportError
 
 _PENDING = TransferState.PENDING
-
-
-class Transport(Protocol):
-    """What the pipeline needs of a transport. Not for several threads at a time."""
-
-    def register(self, pool: RegisteredPool) -> None:
-        """Name the pool whose blocks will travel."""
-
-    def send(
-        self,
-        refs: Sequence[BlockRef],
-        *,
-        to: int,
-        channel: int,
-        part: Part | None = None,
-        timeout_s: float | None = None,
-    ) -> Transfer:
-        """Start sending blocks; they must stay as they are until the transfer is done."""
-
-    def receive(
-        self,
-        refs: Sequence[BlockRef],
-        *,
-        source: int,
-        channel: int,
-        part: Part | None = None,
-        timeout_s: float | None = None,
-        lease: Lease | None = None,
-    ) -> Transfer:
-        """Start receiving blocks into the pool."""
-
-    def poll(self) -> list[Transfer]:
-        """Let everything make progress without waiting; returns the transfers that are over."""
-
-    def wait(self, *transfers: Transfer) -> None:
-        """Make progress until all these are done, which their deadlines guarantee."""
-
-    def cancel(self, transfer: Transfer) -> bool:
-        """Give a transfer up; False when it is done already."""
-
-    def close(self) -> None:
-        """Give everything up and let go of the medium."""
+_MESSAGE_BYTES = {"cpu": 32 * 1024**2, "cuda": 128 * 1024**2}
 
 
 class BlockTransport:
@@ -85,7 +43,7 @@ class BlockTransport:
         *,
         clock: Clock,
         verify: bool = True,
-        max_message_bytes: int = 32 * 1024**2,
+        max_message_bytes: int | None = None,
         default_timeout_s: float = 30.0,
     ) -> None:
         """Wrap a wire.
@@ -95,7 +53,8 @@ class BlockTransport:
             verify: compute digests, and check them and the tags. Without, data lands in the order
                 of arrival, whatever it is: only to show what the check is for and what it costs.
                 Both sides need the same.
-            max_message_bytes: small blocks are batched up to this size. Both sides need the same.
+            max_message_bytes: small blocks are batched up to this size; None is 32 MiB, 128 MiB
+                between GPUs. Both sides need the same.
             default_timeout_s: deadline of transfers that name none.
         """
         self.wire = wire
@@ -103,7 +62,8 @@ class BlockTransport:
         self.num_late = 0
         self._clock, self._verify = clock, verify
         self._freight: Freight | None = None
-        self._max_message_bytes = max_message_bytes
+        size = _MESSAGE_BYTES[wire.device.type]
+        self._max_message_bytes = size if max_message_bytes is None else max_message_bytes
         self._default_timeout_s = default_timeout_s
         self._active: dict[Transfer, None] = {}
         self._over: list[Transfer] = []
@@ -188,6 +148,19 @@ class BlockTransport:
         waited = set(transfers)
         self._over = [transfer for transfer in self._over if transfer not in waited]
 
+    def send_void(
+        self, refs: Sequence[BlockRef], *, to: int, channel: int, part: Part | None = None
+    ) -> None:
+        """Say on a channel that what its receiver expects next does not come.
+
+        Arguments and errors as for ``send``; the blocks are not read.
+        """
+        self._begin(True, refs, to, channel, part, None, None, void=True)
+
+    def extend(self, transfer: Transfer, timeout_s: float) -> None:
+        """Move a deadline to ``timeout_s`` from now."""
+        transfer.deadline_s = self._clock() + timeout_s
+
     def cancel(self, transfer: Transfer) -> bool:
         """Give a transfer up; False when it is done already.
 
@@ -218,6 +191,7 @@ class BlockTransport:
         part: Part | None,
         timeout_s: float | None,
         lease: Lease | None,
+        void: bool = False,
     ) -> Transfer:
         pool = self.pool
         if not 0 <= peer < self.wire.world_size or peer == self.rank:
@@ -238,6 +212,8 @@ class BlockTransport:
         if lease is not None and not set(lease.blocks).issuperset(blocks):
             raise TransportError("the lease does not cover all blocks of the transfer")
         self._active[transfer] = None
+        if void:
+            self._end(transfer, TransferState.CANCELLED)
         # Some layers of several blocks are never neighbours, and a GPU gathers faster than a link
         # moves; both sides must divide alike.
         apart = part.layers == pool.whole.layers and self.wire.device.type == "cpu"
