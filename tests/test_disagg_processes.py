@@ -37,6 +37,7 @@ def launch(medium: str, job: str, folder: Path, world_size: int = 2) -> dict[int
         expected = world_size - (job in disagg_workers.DEADLY)
         while len(answers) < expected:
             rank, answer = results.get(timeout=100)
+            assert not isinstance(answer, str), f"rank {rank}: {answer}"
             answers[rank] = answer
     except queue.Empty:
         pytest.fail(f"ranks {set(range(world_size)) - set(answers)} did not answer")
