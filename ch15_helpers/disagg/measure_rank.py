@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
+from itertools import count, pairwise
 from statistics import median
 from typing import Any
 
@@ -60,6 +61,40 @@ class TransportTimes:
         return self.unverified_GBps / self.plain_GBps
 
 
+class _Mover:
+    """Moves blocks from rank 0 to rank 1, all of them or some, and insists that they arrive."""
+
+    def __init__(self, sending: bool) -> None:
+        self._sending = sending
+        self._channel = count()
+        self._leases = LeaseTable(time.perf_counter)
+
+    def __call__(
+        self, transport: BlockTransport, num_blocks: int, parts: Sequence[Part | None] = (None,)
+    ) -> Callable[[], None]:
+        """What one run does: a transfer for each part, all at once."""
+        return partial(self._run, transport, num_blocks, parts)
+
+    def _run(
+        self, transport: BlockTransport, num_blocks: int, parts: Sequence[Part | None]
+    ) -> None:
+        refs, channel = refs_of(range(num_blocks), 1), next(self._channel)
+        if self._sending:
+            transfers = [transport.send(refs, to=1, channel=channel, part=part) for part in parts]
+        else:
+            lease = self._leases.grant(channel, range(num_blocks), 60.0)
+            transfers = [
+                transport.receive(refs, source=0, channel=channel, part=part, lease=lease)
+                for part in parts
+            ]
+        transport.wait(*transfers)
+        if not self._sending:
+            self._leases.release(lease)
+        for transfer in transfers:
+            if transfer.error or not (self._sending or transfer.report.is_clean):
+                raise TransportError(f"a transfer failed: {transfer.error} {transfer.report}")
+
+
 def run_rank(joined: Joined, num_blocks: int, rounds: int) -> TransportTimes:
     """This rank's part of the measurement: rank 0 sends, rank 1 receives; both get times."""
     wire = joined.wire
@@ -71,34 +106,9 @@ def run_rank(joined: Joined, num_blocks: int, rounds: int) -> TransportTimes:
     pieces = [flat[start : start + size] for start in range(0, len(flat), size)]
     big = {True: _transport(wire, cache, True), False: _transport(wire, cache, False)}
     small = _transport(wire, tiny_cache(REQUEST_BLOCKS, wire.device), True)
-    channel = iter(range(2**31))
-    leases = LeaseTable(time.perf_counter)
-    num_layers = cache.pages.shape[1]
-    cuts = [num_layers * i // 4 for i in range(5)]
-
-    def move(
-        transport: BlockTransport, count: int, layers: Sequence[tuple[int, int] | None] = (None,)
-    ) -> Callable[[], None]:
-        def run() -> None:
-            refs, number = refs_of(range(count), 1), next(channel)
-            heads = transport.pool.heads
-            parts = [None if each is None else Part(each, heads) for each in layers]
-            if sending:
-                transfers = [transport.send(refs, to=1, channel=number, part=p) for p in parts]
-            else:
-                lease = leases.grant(number, range(count), 60.0)
-                transfers = [
-                    transport.receive(refs, source=0, channel=number, part=p, lease=lease)
-                    for p in parts
-                ]
-            transport.wait(*transfers)
-            if not sending:
-                leases.release(lease)
-            for transfer in transfers:
-                if transfer.error or not (sending or transfer.report.is_clean):
-                    raise TransportError(f"a transfer failed: {transfer.error} {transfer.report}")
-
-        return run
+    move, num_layers = _Mover(sending), cache.pages.shape[1]
+    cuts = pairwise([num_layers * i // 4 for i in range(5)])
+    quarters = [Part(layers, big[True].pool.heads) for layers in cuts]
 
     def digest() -> None:
         for row in [rows] if rows.is_cuda else [row[None] for row in rows]:
@@ -112,10 +122,10 @@ def run_rank(joined: Joined, num_blocks: int, rounds: int) -> TransportTimes:
         "pieces": lambda: joined.move(pieces, 1 - wire.rank, sending),
         "checked": move(big[True], num_blocks),
         "unchecked": move(big[False], num_blocks),
-        "layered": move(big[True], num_blocks, list(pairwise(cuts))),
+        "layered": move(big[True], num_blocks, quarters),
         "checksum": digest,
         "small": move(small, REQUEST_BLOCKS),
-        **{count: move(big[True], count) for count in counts if count <= num_blocks},
+        **{n: move(big[True], n) for n in counts if n <= num_blocks},
     }
     seconds = _interleave(versions, rounds, joined.barrier, wire.device)
     return TransportTimes(
