@@ -192,15 +192,16 @@ def test_attention_against_float64(dim: int, page: int, dtype: torch.dtype) -> N
 
 
 @needs_library
-def test_attention_of_a_query_depends_on_its_sequence_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_query_depends_on_its_sequence_alone(dtype: torch.dtype) -> None:
     """Not on chunks, neighbours, pages or threads: so a preempted request repeats its tokens."""
     lens = [700, 33, 300]
-    whole = paged_attention_compiled(*_attention_case(lens, lens), 0.125)
+    whole = paged_attention_compiled(*_attention_case(lens, lens, dtype=dtype), 0.125)
     starts = [0, 700, 733]
     before = torch.get_num_threads()
     for chunk, page, threads in ((1, 16, 2), (1, 64, 1), (20, 8, 2)):
         torch.set_num_threads(threads)
-        q, k_cache, v_cache, batch = _attention_case(lens, lens, page, table_seed=page)
+        q, k_cache, v_cache, batch = _attention_case(lens, lens, page, dtype=dtype, table_seed=page)
         chunks, _ = make_batch([chunk] * 3, lens, batch.block_tables.tolist(), page)
         rows = [
             row for s, n in zip(starts, lens, strict=True) for row in range(s + n - chunk, s + n)

@@ -10,8 +10,10 @@
 
 #include <cmath>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
+#include "cpu_attention_tiles.h"
 #include "cpu_vector.h"
 
 namespace {
@@ -27,6 +29,7 @@ struct Call {
     long table_stride, heads, kv_heads, dim, page, q_stride, block_stride, slot_stride, head_stride;
     float scale;
     long group, padded;
+    bool tiles;
 };
 
 // Some queries of one sequence with one KV head, and a range of its context's spans.
@@ -84,17 +87,23 @@ void multiply(long rows, const float* x, long x_stride, const float* w, long col
                                stride, depth, out + r * stride + i, stride);
 }
 
-// The values of `count` tokens, and their keys turned so that TOKENS of them lie side by side.
+// Where the keys and values of `count` tokens lie.
 template <typename T>
-void gather(const Call<T>& c, const Work& work, long from, long count, Scratch& scratch) {
+void find(const Call<T>& c, const Work& work, long from, long count, const T** keys,
+          const T** values) {
     const int32_t* table = c.tables + work.seq * c.table_stride;
-    const T *keys[TOKENS], *values[TOKENS];
     for (long t = 0, block = from / c.page, slot = from % c.page; t < count; ++t) {
         const long at =
             table[block] * c.block_stride + slot * c.slot_stride + work.head * c.head_stride;
         keys[t] = c.k + at, values[t] = c.v + at;
         if (++slot == c.page) slot = 0, ++block;
     }
+}
+
+// The values of `count` tokens, and their keys turned so that TOKENS of them lie side by side.
+template <typename T>
+void gather(const Call<T>& c, const T* const* keys, const T* const* values, long count,
+            Scratch& scratch) {
     const long whole = c.dim / LANES * LANES;
     for (long i = 0; i < whole; i += LANES) {
         for (long t = 0; t < count; ++t)
@@ -142,6 +151,34 @@ INLINE float soften(float* row, long seen, float scale, float& top, float& total
     return factor;
 }
 
+// Turns the scores of all rows into weights.
+template <typename T>
+void soften_rows(const Call<T>& c, const Work& work, long at, long count, Scratch& scratch,
+                 Sums sums) {
+    for (long r = 0; r < work.count * c.group; ++r) {
+        const long seen = work.position + r / c.group + 1 - at;
+        const float factor = soften(&scratch.scores[r * TOKENS], seen < count ? seen : count,
+                                    c.scale, sums.top[r], sums.total[r]);
+        if (factor != 1.0f)
+            for (long i = 0; i < c.padded; ++i) sums.mixed[r * c.padded + i] *= factor;
+    }
+}
+
+#ifdef CH15_TILES
+void attend_in_tiles(const Call<bfloat16>& c, const Work& work, long at, long count,
+                     const bfloat16* const* keys, const bfloat16* const* values, Scratch& scratch,
+                     Sums sums) {
+    const long rows = work.count * c.group;
+    AttentionTiles<TOKENS> tiles(MAX_ROWS, c.dim);
+    tiles.gather(keys, values, count);
+    for (long r = 0; r < rows; r += PANEL) tiles.score(r, count, scratch.scores);
+    soften_rows(c, work, at, count, scratch, sums);
+    for (long r = 0; r < rows; ++r) tiles.weigh(r, scratch.scores + r * TOKENS);
+    for (long r = 0; r < rows; r += PANEL)
+        tiles.mix(r, rows - r < PANEL ? rows - r : PANEL, count, sums.mixed, c.padded);
+}
+#endif
+
 // One span of the context for all rows of some work.
 template <typename T>
 void attend_span(const Call<T>& c, const Work& work, long from, long to, Scratch& scratch,
@@ -149,19 +186,22 @@ void attend_span(const Call<T>& c, const Work& work, long from, long to, Scratch
     const long rows = work.count * c.group;
     for (long r = 0; r < rows; ++r) sums.top[r] = -INFINITY, sums.total[r] = 0;
     std::memset(sums.mixed, 0, rows * c.padded * sizeof(float));
+    const T *keys[TOKENS], *values[TOKENS];
     for (long at = from; at < to; at += TOKENS) {
         const long count = to - at < TOKENS ? to - at : TOKENS;
-        gather(c, work, at, count, scratch);
+        find(c, work, at, count, keys, values);
+#ifdef CH15_TILES
+        if constexpr (std::is_same<T, bfloat16>::value)
+            if (c.tiles) {
+                attend_in_tiles(c, work, at, count, keys, values, scratch, sums);
+                continue;
+            }
+#endif
+        gather(c, keys, values, count, scratch);
         const long columns = (count + WIDTH - 1) / WIDTH * WIDTH;
         multiply<false>(rows, scratch.q, c.dim, scratch.keys, columns, TOKENS, c.dim,
                         scratch.scores);
-        for (long r = 0; r < rows; ++r) {
-            const long seen = work.position + r / c.group + 1 - at;
-            const float factor = soften(&scratch.scores[r * TOKENS], seen < count ? seen : count,
-                                        c.scale, sums.top[r], sums.total[r]);
-            if (factor != 1.0f)
-                for (long i = 0; i < c.padded; ++i) sums.mixed[r * c.padded + i] *= factor;
-        }
+        soften_rows(c, work, at, count, scratch, sums);
         multiply<true>(rows, scratch.scores, TOKENS, scratch.values, c.padded, c.padded,
                        count, sums.mixed);
     }
@@ -200,6 +240,10 @@ void load_queries(const Call<T>& c, const Work& work, float* to) {
         const long token = work.first + r / c.group, head = work.head * c.group + r % c.group;
         const T* q = c.q + token * c.q_stride + head * c.dim;
         for (long i = 0; i < c.dim; ++i) to[r * c.dim + i] = widen(q[i]);
+#ifdef CH15_TILES
+        if (c.tiles)
+            std::memcpy(AttentionTiles<TOKENS>(MAX_ROWS, c.dim).q + r * c.dim, q, 2 * c.dim);
+#endif
     }
 }
 
@@ -252,6 +296,10 @@ template <typename T>
 void run(Call<T> c, long seqs, int threads) {
     c.group = c.heads / c.kv_heads;
     c.padded = (c.dim + WIDTH - 1) / WIDTH * WIDTH;
+#ifdef CH15_TILES
+    static const bool granted = tiles_granted();
+    c.tiles = granted && sizeof(T) == 2 && c.dim % BLOCK == 0;
+#endif
     long floats = 0;
     const std::vector<Work> works = plan(c, seqs, floats);
     const std::unique_ptr<float[]> partials(new float[floats ? floats : 1]);
@@ -259,6 +307,10 @@ void run(Call<T> c, long seqs, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Scratch scratch(c);
+#ifdef CH15_TILES
+        TileConfig config;
+        if (c.tiles) config.use(PANEL, {});
+#endif
 #pragma omp for schedule(dynamic, 1)
         for (long i = count - 1; i >= 0; --i) attend(c, works[i], scratch, partials.get());
 #pragma omp for
@@ -269,6 +321,9 @@ void run(Call<T> c, long seqs, int threads) {
                 merge(all, sums_in(partials.get() + works[j].partial, c.group), c.group, c.padded);
             finish(c, works[i], all);
         }
+#ifdef CH15_TILES
+        if (c.tiles) config.release();
+#endif
     }
 }
 
@@ -280,7 +335,7 @@ void run(Call<T> c, long seqs, int threads) {
               long heads, long kv_heads, long dim, long page, long q_stride, long block_stride,    \
               long slot_stride, long head_stride, float scale, int threads) {                      \
         run<T>({q, k, v, out, tables, starts, lens, table_stride, heads, kv_heads, dim, page,      \
-                q_stride, block_stride, slot_stride, head_stride, scale, 0, 0},                    \
+                q_stride, block_stride, slot_stride, head_stride, scale, 0, 0, false},             \
                seqs, threads);                                                                     \
     }
 

@@ -35,7 +35,7 @@ SOURCES = (
     "cpu_layer.cpp",
     "cpu_digest.cpp",
 )
-HEADERS = ("cpu_threads.h", "cpu_tiles.h", "cpu_vector.h")
+HEADERS = ("cpu_attention_tiles.h", "cpu_threads.h", "cpu_tiles.h", "cpu_vector.h")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -9,11 +9,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <initializer_list>
+
 #define TILE_LOAD_ROWS(T, FROM, STRIDE) \
     asm volatile("tileloadd (%0,%1,1), %%tmm" #T ::"r"(FROM), "r"((long)(STRIDE)) : "memory")
 #define TILE_LOAD(T, FROM) TILE_LOAD_ROWS(T, FROM, 64)
-#define TILE_STORE(T, TO) \
-    asm volatile("tilestored %%tmm" #T ", (%0,%1,1)" ::"r"(TO), "r"(64L) : "memory")
+#define TILE_STORE_ROWS(T, TO, STRIDE) \
+    asm volatile("tilestored %%tmm" #T ", (%0,%1,1)" ::"r"(TO), "r"((long)(STRIDE)) : "memory")
+#define TILE_STORE(T, TO) TILE_STORE_ROWS(T, TO, 64)
 #define TILE_ZERO(T) asm volatile("tilezero %%tmm" #T ::)
 #define TILE_DOT(SUM, X, W) \
     asm volatile("tdpbf16ps %%tmm" #W ", %%tmm" #X ", %%tmm" #SUM ::)
