@@ -72,7 +72,7 @@ def test_tokens_are_those_of_one_engine(
     assert decode.max_batch > 1  # decodes of several requests in one step
 
 
-@pytest.mark.parametrize("num_batched", [2048, 256])  # prompts in one step: their parts are planned
+@pytest.mark.parametrize("num_batched", [4096, 256])  # prompts in one step: their parts are planned
 def test_parts_that_are_not_sent_after_all_keep_no_block(num_batched: int) -> None:
     """A first token that ends its request: what waits for parts of it learns that none come."""
     prompts = [[1 + (5 * number + 3 * k) % 400 for k in range(520 + number)] for number in range(4)]
@@ -90,7 +90,7 @@ def test_parts_that_are_not_sent_after_all_keep_no_block(num_batched: int) -> No
         assert no_errors(run) and len(run.handovers) == len(prompts)
         # Parts that are planned have no message of their own: reserve, grant and final are all.
         counts = {each.num_messages for each in run.handovers}
-        assert counts == {3} if num_batched == 2048 else min(counts) > 3
+        assert counts == {3} if num_batched == 4096 else min(counts) > 3
 
 
 def test_a_handover_is_taken_apart(cluster: DisaggCluster) -> None:

@@ -114,11 +114,15 @@ class RankServer:
         self.share(lap_s)
 
     def _rest(self) -> None:
-        if self.transport.num_pending:
+        bell = self.wire.bell
+        if self.transport.num_pending and bell is None:
             self.wire.wait(_POLL_S)
             return
-        ears = [self.channel, *self.ears()]
+        ears = [self.channel, *self.ears(), *([] if bell is None else [bell])]
         limit_s = min(self.spec.beat_s, _LOOK_S) if self.num_handovers else self.spec.beat_s
+        event_s = self.wire.next_event_s()
+        if event_s is not None:
+            limit_s = max(0.0, min(limit_s, event_s - time.monotonic()))
         select.select([ear for ear in ears if ear.fileno() >= 0], [], [], limit_s)
 
     # ---- what the two roles do differently ---------------------------------------------------

@@ -11,7 +11,7 @@ from ch15_helpers.disagg.clock import Clock
 from ch15_helpers.disagg.fabric import Fabric, FabricWire
 from ch15_helpers.disagg.faults import damage
 from ch15_helpers.disagg.link import LinkModel
-from ch15_helpers.disagg.wire import Wire, WireMessage
+from ch15_helpers.disagg.wire import Bell, Wire, WireMessage
 from ch15_helpers.disagg.wire_nccl import NcclWire
 
 WireFault = Literal["stall", "drop_completion", "corrupt", "exchange"]
@@ -42,6 +42,11 @@ class RankWire:
     def zero_copy(self) -> bool:
         """See Wire; a message that is to be damaged must be a copy."""
         return self._inner.zero_copy and not self._faults
+
+    @property
+    def bell(self) -> Bell | None:
+        """What rings when the real wire has something to tell, if it has such a thing."""
+        return getattr(self._base, "bell", None)
 
     def simulate(self, link: LinkModel | None) -> None:
         """Seem to be this link from now on, or be the real wire again."""

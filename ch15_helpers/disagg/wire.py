@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,32 @@ class Wire(Protocol):
 
     def close(self) -> None:
         """Move nothing more."""
+
+
+class Bell:
+    """What a thread can wait for in ``select`` beside sockets. Its owner keeps calls apart."""
+
+    def __init__(self) -> None:
+        self._ends = os.pipe()
+        for end in self._ends:
+            os.set_blocking(end, False)
+        self._rung = False
+
+    def fileno(self) -> int:
+        """Readable while it rings."""
+        return self._ends[0]
+
+    def ring(self) -> None:
+        """Wake whoever waits; once more does nothing."""
+        if not self._rung:
+            os.write(self._ends[1], b"!")
+            self._rung = True
+
+    def reset(self) -> None:
+        """Ring no longer."""
+        if self._rung:
+            os.read(self._ends[0], 1)
+            self._rung = False
 
 
 @dataclass(slots=True)

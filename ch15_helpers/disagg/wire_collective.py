@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ch15_helpers.disagg.wire import WireMessage
+from ch15_helpers.disagg.wire import Bell, WireMessage
 from ch15_helpers.errors import TransportError
 
 _FOREVER = timedelta(days=365)
@@ -51,6 +51,7 @@ class GlooWire:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = torch.device("cpu")
         self._changed = threading.Condition()
+        self.bell = Bell()  # rings while there is something to fetch with ``finished``
         self._done: deque[tuple[WireMessage, str | None]] = deque()
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
@@ -66,6 +67,7 @@ class GlooWire:
             except RuntimeError as error:  # the connection is closed already
                 with self._changed:
                     self._done.append((message, str(error)))
+                    self.bell.ring()
                 continue
             self._assign(works, message)
 
@@ -75,6 +77,7 @@ class GlooWire:
         with self._changed:
             done = list(self._done)
             self._done.clear()
+            self.bell.reset()
         return done
 
     def next_event_s(self) -> float | None:
@@ -125,6 +128,7 @@ class GlooWire:
                 error = str(problem)
             with self._changed:
                 self._done.append((message, error))
+                self.bell.ring()
                 worker.num_left -= 1
                 if not worker.num_left:
                     del self._busy[key]
