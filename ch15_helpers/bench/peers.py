@@ -135,7 +135,7 @@ def our_sides(device: str, dtypes: Sequence[str], max_num_seqs: int) -> tuple[li
     sides, tokenizer = [], None
     for dtype in dtypes:
         chosen = choose_layout(getattr(torch, dtype)) if on_cpu else "rows"
-        # In bfloat16 the layouts multiply to the same bits, and one is faster everywhere.
+        # In bfloat16 the layouts multiply alike, and one of them is faster everywhere.
         for layout in dict.fromkeys(("rows", chosen) if dtype == EXACT else (chosen,)):
             model = load_model("smollm2", device, dtype, cpu_layout=layout)
             tokenizer = model.tokenizer

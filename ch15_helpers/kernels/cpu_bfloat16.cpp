@@ -88,8 +88,8 @@ void multiply(Numbers x, long rows, long depth, Numbers weight, long panels, boo
                    weight + right * size, r ? 0 : 1024, sums);
                 for (long t = 0; t < 1 + two; ++t) {
                     bfloat16* to = out + (t ? second : first) * stride + left * PANEL;
-                    finish(sums[2 * t], sums[2 * t + 1], some, gated, to, lone ? nullptr : to + PANEL,
-                           stride);
+                    bfloat16* beside = lone ? nullptr : to + PANEL;
+                    finish(sums[2 * t], sums[2 * t + 1], some, gated, to, beside, stride);
                 }
             }
         }
@@ -115,6 +115,7 @@ void ch15_linear_bfloat16(const bfloat16* x, long rows, long depth, const bfloat
 #else
 extern "C" {
 long ch15_has_tiles() { return 0; }
-void ch15_linear_bfloat16(const bfloat16*, long, long, const bfloat16*, long, bfloat16*, int, int) {}
+void ch15_linear_bfloat16(const bfloat16*, long, long, const bfloat16*, long, bfloat16*, int,
+                          int) {}
 }
 #endif

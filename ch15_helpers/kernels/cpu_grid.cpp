@@ -7,7 +7,8 @@
 // offset follow for each block. A row's result depends neither on the other rows nor on the number
 // of threads.
 //
-//   y[r][o] = sum over blocks of  scale[o] * (sum of step[o][i] * x[r][i]) + offset[o] * sum x[r][i]
+//   y[r][o] = sum over blocks of scale[o] * (sum of step[o][i] * x[r][i])
+//                              + offset[o] * (sum of x[r][i])
 #include <cmath>
 #include <initializer_list>
 #include <type_traits>
@@ -53,7 +54,8 @@ bool on_grid(const float* w, float lowest, float scale, long first, long last, G
 // The grid of a block, if it has one of `bits` bits. The scale is a half, as ggml stores it.
 bool find_grid(const float* w, long bits, Grid& grid) {
     float low = w[0], high = w[0];
-    for (long i = 1; i < BLOCK; ++i) low = w[i] < low ? w[i] : low, high = w[i] > high ? w[i] : high;
+    for (long i = 1; i < BLOCK; ++i)
+        low = w[i] < low ? w[i] : low, high = w[i] > high ? w[i] : high;
     if (low == high) return on_grid(w, low, 1.0f, 0, 0, grid);
     const auto half = [](float value) { return float(_Float16(value)); };
     if (bits == 8) {

@@ -1,5 +1,5 @@
-// The processor's matrix tiles (AMX), where it has them: 16 rows of 64 bytes, and a product of two of
-// them, of bfloat16 numbers summed in float32.
+// The processor's matrix tiles (AMX), where it has them: 16 rows of 64 bytes, and a product of two
+// of them, of bfloat16 numbers summed in float32.
 #pragma once
 #include "cpu_vector.h"
 
