@@ -170,6 +170,35 @@ def test_a_replayed_graph_follows_new_routing(tokens):
         assert relative_error(out, dense_float64(*fresh)) < BOUND[torch.bfloat16]
 
 
+@pytest.mark.parametrize("tokens", [1, 70, 1500])
+def test_a_recorded_call_follows_new_tensors_shapes_and_streams(tokens):
+    kept = []
+    for seed in range(3):  # the first call records, the others replay at other addresses
+        inputs = on_gpu(tokens, 2, 8, 256, 192, dtype=torch.bfloat16, seed=seed)
+        kept.append((*inputs, fused_moe(*inputs)))
+        part = slice(tokens // 2 + 1)
+        fewer = fused_moe(inputs[0][part], *inputs[1:3], inputs[3][part], inputs[4][part])
+        assert relative_error(fewer, dense_float64(*inputs)[part]) < BOUND[torch.bfloat16]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for *inputs, out in kept:
+        assert relative_error(out, dense_float64(*inputs)) < BOUND[torch.bfloat16]
+        with torch.cuda.stream(side):
+            again = fused_moe(*inputs)
+        side.synchronize()
+        assert torch.equal(again, out)
+
+
+def test_rows_in_odd_places_are_not_replayed():
+    x, gate_up, down, weights, ids = on_gpu(70, 2, 8, 256, 192, dtype=torch.bfloat16)
+    room = torch.empty(70 * 256 + 1, device="cuda", dtype=torch.bfloat16)
+    shifted = room[1:].view(70, 256).copy_(x)  # 2 bytes past what a recording relies on
+    columns = torch.empty(2, 70, device="cuda").copy_(weights.t()).t()
+    expected = fused_moe(x, gate_up, down, weights, ids)
+    assert torch.equal(fused_moe(shifted, gate_up, down, weights, ids), expected)
+    assert torch.equal(fused_moe(x, gate_up, down, columns, ids), expected)
+
+
 def test_rows_that_the_kernels_do_not_take_go_through_torch():
     inputs = on_gpu(50, 2, 6, 36, 26, dtype=torch.bfloat16)
     assert relative_error(fused_moe(*inputs), dense_float64(*inputs)) < BOUND[torch.bfloat16]

@@ -8,6 +8,7 @@ writes first spends ten small operations on each of them.
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -35,6 +36,7 @@ _FEW_PAIRS, _PAIRS_PER_EXPERT, _FEWEST_COPIES = 64, 1.4, 3
 _CACHED_BYTES = 512 * 1024
 
 
+@functools.cache
 def can_fuse(device: torch.device, dtype: torch.dtype, hidden: int, inner: int) -> bool:
     """Whether the Triton kernels take experts of this type: nothing then waits for the host.
 

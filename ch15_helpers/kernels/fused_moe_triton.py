@@ -23,21 +23,27 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ch15_helpers.kernels.moe_fp8 import BLOCK, dequantise_blocks
 from ch15_helpers.kernels.moe_permute import ExpertOrder, sort_by_expert
-from ch15_helpers.kernels.moe_permute_triton import combine_triton, gather_rows_triton
+from ch15_helpers.kernels.moe_permute_triton import combine_triton, early, gather_rows_triton
+from ch15_helpers.kernels.replay_triton import Replayed, recordable
 
 _VARYING = ("num_pairs", "stride_x")
 
 
+@recordable
 @triton.jit
 def _vector_gate_up_kernel(
     x_ptr, w_ptr, scale_ptr, h_ptr, ids_ptr, stride_x, hidden, inner,
     E: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCALE: tl.constexpr,
+    SCALE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     if (expert < 0) | (expert >= E):
@@ -66,12 +72,16 @@ def _vector_gate_up_kernel(
     tl.store(h_ptr + pair * inner + n, h.to(h_ptr.dtype.element_ty), mask=n < inner)
 
 
+@recordable
 @triton.jit
 def _vector_down_kernel(
     h_ptr, w_ptr, scale_ptr, out_ptr, ids_ptr, weights_ptr, hidden, inner,
     E: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCALE: tl.constexpr,
+    SCALE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     token = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, BLOCK_K], tl.float32)
@@ -104,14 +114,18 @@ def _add_product(acc, w, a, scale, SCALE: tl.constexpr, PRECISION: tl.constexpr)
     return acc
 
 
+@recordable
 @triton.jit(do_not_specialize=_VARYING)
 def _tile_kernel(
     a_ptr, w_desc, scale_ptr, out_ptr, rows_ptr, tiles_ptr, counters_ptr,
     num_pairs, stride_a, depth, columns,
     FIRST: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``FIRST``: tokens' rows to silu(gate) * up. Else: sorted rows to the down projection."""
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     tile = tl.program_id(1)
     if tile >= tl.load(counters_ptr):
         return
@@ -214,11 +228,11 @@ def _run_vector(x, gate_up, down, weights, experts, scales, plan) -> Tensor:
     gate_up_scale, down_scale = scales or (None, None)
     _vector_gate_up_kernel[(triton.cdiv(inner, rows), num_tokens * top_k)](
         x, gate_up, gate_up_scale, h, experts, x.stride(0), hidden, inner, num_experts, top_k,
-        rows, min(plan.block_k, triton.next_power_of_2(hidden)), scale, num_warps=warps,
+        rows, min(plan.block_k, triton.next_power_of_2(hidden)), scale, num_warps=warps, **early(x),
     )  # fmt: skip
     _vector_down_kernel[(triton.cdiv(hidden, rows), num_tokens)](
         h, down, down_scale, out, experts, weights, hidden, inner, num_experts, top_k,
-        rows, min(plan.block_k, triton.next_power_of_2(inner)), scale, num_warps=warps,
+        rows, min(plan.block_k, triton.next_power_of_2(inner)), scale, num_warps=warps, **early(x),
     )  # fmt: skip
     return out
 
@@ -233,7 +247,7 @@ def _multiply_tiles(a, weight, scale, out, order: ExpertOrder, top_k, first, pla
         a.stride(0), depth, columns, FIRST=first, TOP_K=top_k, BLOCK_M=plan.block_m,
         BLOCK_N=block_n, BLOCK_K=plan.block_k, SCALE=0 if scale is None else BLOCK,
         PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
-        num_warps=plan.num_warps, num_stages=plan.num_stages,
+        num_warps=plan.num_warps, num_stages=plan.num_stages, **early(a),
     )  # fmt: skip
 
 
@@ -274,6 +288,26 @@ def _run_wide(x, gate_up, down, weights, experts, scales, plan) -> Tensor:
 _WAYS = MappingProxyType({"vector": _run_vector, "tile": _run_tile, "wide": _run_wide})
 
 
+def _run(x, gate_up, down, weights, experts, *scales_and_plan) -> Tensor:
+    *scales, plan = scales_and_plan
+    run: Callable[..., Tensor] = _WAYS[plan.kind]
+    return run(
+        x, gate_up, down, weights.contiguous(), experts.contiguous(), tuple(scales) or None, plan
+    )
+
+
+_replayed = Replayed(_run)
+
+
+@functools.cache
+def _plan_for(
+    num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype, fp8: bool, hopper: bool
+) -> MoEPlan:
+    # FP8 goes wide later: that way takes the experts in the activations' type.
+    wide = hopper and (not fp8 or num_tokens * top_k / num_experts > 256)
+    return choose_plan(num_tokens, top_k, num_experts, dtype, wide)
+
+
 def fused_moe_triton(
     x: Tensor,
     gate_up: Tensor,
@@ -285,9 +319,10 @@ def fused_moe_triton(
 ) -> Tensor:
     """See :func:`ch15_helpers.kernels.fused_moe.fused_moe`; ``plan`` overrides the choice."""
     if plan is None:
-        # FP8 goes wide later: that way takes the experts in the activations' type.
-        rows = x.shape[0] * experts.shape[1] / down.shape[0]
-        wide = _has_wgmma(x.device) and (scales is None or rows > 256)
-        plan = choose_plan(x.shape[0], experts.shape[1], down.shape[0], x.dtype, wide)
-    run: Callable[..., Tensor] = _WAYS[plan.kind]
-    return run(x, gate_up, down, weights.contiguous(), experts.contiguous(), scales, plan)
+        sizes = x.shape[0], experts.shape[1], down.shape[0]
+        plan = _plan_for(*sizes, x.dtype, scales is not None, _has_wgmma(x.device))
+    given = (x, gate_up, down, weights, experts, *(scales or ()))
+    simple = weights.is_contiguous() and experts.is_contiguous()
+    if simple and not (scales and plan.kind == "wide"):
+        return _replayed(given, plan)
+    return _run(*given, plan)

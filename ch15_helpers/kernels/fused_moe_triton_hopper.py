@@ -30,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ch15_helpers.kernels.fused_moe_copy_triton_hopper import copy_warps, locate, next_item
 from ch15_helpers.kernels.moe_permute import ExpertOrder
+from ch15_helpers.kernels.replay_triton import recordable
 
 HALF = 64  # rows of one group of warps; experts start at multiples of it
 TILE = 2 * HALF
@@ -37,6 +38,17 @@ BLOCK_N, _BLOCK_K = 256, 64
 _STAGES = 4
 _GROUP_TILES = 8  # tiles that share a block of weights while it is in the cache
 _MAX_REGISTERS = 168  # 12 warps share 65536
+
+
+@gluon.jit
+def wait_for_the_kernel_before():
+    """What the kernel before wrote is there; from here on the next one may be launched."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -105,6 +117,7 @@ def _multiply_warps(descs, buffers, bars, sizes, tiles_ptr, WHICH: gl.constexpr,
     tma.store_wait(0)
 
 
+@recordable
 @gluon.jit(do_not_specialize=["num_blocks", "steps", "num_pairs"])
 def _grouped_gemm_kernel(
     a_desc, a_ptr, rows_ptr, w_desc, out_desc, tiles_ptr, counters_ptr,
@@ -135,6 +148,7 @@ def _grouped_gemm_kernel(
         mbarrier.init(item_free.index(i), count=2)
         mbarrier.init(item_posted.index(i), count=1)
     claims_ptr = counters_ptr + (1 if SWIGLU else 2)
+    wait_for_the_kernel_before()
     descs = (w_desc, out_desc)
     buffers = (a_bufs, w_bufs, out_bufs, items)
     bars = (empty, ready, item_free, item_posted)
@@ -211,6 +225,6 @@ def grouped_gemm(
         triton.cdiv(depth, _BLOCK_K),
         GATHER=top_k > 0, TOP_K=top_k, SWIGLU=swiglu, ROWS=HALF, BLOCK_K=_BLOCK_K,
         STAGES=_STAGES, GROUP=_GROUP_TILES, TALL_FIRST=tall_first, num_warps=4,
-        maxnreg=_MAX_REGISTERS,
+        maxnreg=_MAX_REGISTERS, launch_pdl=True,
     )  # fmt: skip
     return out
