@@ -63,7 +63,10 @@ def test_the_checked_transport_is_nearly_as_fast_as_plain_sends() -> None:
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     """Tokens of a single engine in this process."""
-    engine = Engine(load_model("random:TINY", device="cuda:0"), EngineConfig(num_blocks=512))
+    engine = Engine(
+        load_model("random:TINY", device="cuda:0", dtype=torch.float32),
+        EngineConfig(num_blocks=512),
+    )
     return [output.token_ids for output in engine.generate(PROMPTS, ANSWER)]
 
 
