@@ -284,6 +284,7 @@ def test_the_same_bits_with_narrower_registers(
     compiler = find_compiler()
     assert compiler is not None
     narrow = library_module.load_library(build_library(compiler, tmp_path))
+    assert narrow.ch15_has_tiles() == 0, "neither `grid` nor `tiles` there"
     x, weight = torch.randn(19, 576), torch.randn(192, 576)
     case = _attention_case([1, 30, 1], [300, 70, 20])
     calls = (
