@@ -25,16 +25,23 @@ of 4.35 TB/s unless said otherwise, µs captured:
 - Mixtral, 16384: 18350 cold (limit 14416 at 801), 18485 sustained, 0.99 of the limit in turn with
   it (632 TFLOP/s: the block itself lowers the clock). Sustained, the products run at 602 and 641;
   one dense product of each size at 613 and 636.
-- Qwen3, 512: 340 (limit 278). gate_up reads at 4.09 TB/s and down at 3.72; sorting takes 19 and
-  combining 9, and neither reads weights.
-- Qwen3, 1024: 350 to 359 (limit 278). 64 rows an expert, give or take 8, are padded to 64 or
-  128: 11,900 rows for 8,192 pairs. With the activations 1.36 GB move, not 1.21: 313 at the
-  measured rate. Sorting takes 19, combining 13.
-- Qwen3, 16384: 2193 cold (limit 1545 at 801), 2425 sustained, 0.78 of the limit. Combining reads
-  537 MB and writes 67: 146 at 4.1 TB/s. Sorting takes 42. Sustained, the products run at 569 and
-  550 TFLOP/s; one dense product of each size at 559 and 524, since memory takes its share of the
-  power. Adding into the output from the product would save most of the 146, but floating-point
-  sums in any order give other bits each time.
+- Qwen3, 512: gate_up reads at 4.09 TB/s and down at 3.72; sorting and combining read no weights.
+- Qwen3, 1024: 344 captured, 346 eager, 360 sustained (limit 278). 64 rows an expert, give or take
+  8, are padded to 64 or 128: 11,900 rows for 8,192 pairs. With the activations 1.36 GB move, not
+  1.21: 313 at the measured rate, and the products take 319. Sorting takes 9, combining 11.
+- Qwen3, 16384: 2322 sustained (limit 1855 at 667 TFLOP/s), 0.80. Combining reads 537 MB and writes
+  67: 142 at 4.2 TB/s. Sorting takes 11. Sustained, the products run at 569 and 550 TFLOP/s; one
+  dense product of each size at 559 and 524, since memory takes its share of the power. Adding into
+  the output from the product would save most of the 142, but floating-point sums in any order give
+  other bits each time. Rows that stay in the cache until they are combined, 30 MB or so, are those
+  of 900 tokens: 57 rows an expert, and its weights read 18 times.
+
+An eager call can also be bound by the host. Its own time for one of Qwen3, before and since
+launches are recorded and replayed (``replay_triton``), on a host that takes some 15 µs for each
+launch all the same: 1 token 59 and 31 to 55, 64: 189 and 64 to 68, 1024: 257 and 67 to 77. Up to
+1024 tokens one launch sorts (two did), ranks come from sorting, not from comparing all with all,
+and a kernel is launched before the one before has ended. Together, eager: 64 tokens 301 to 288,
+256: 316 to 301, 1024: 360 to 346; 16384 sustained: 2364 to 2322.
 
 Tried on the wide kernel without gain: tiles of 128 x 128 (15 % slower), 4 or 16 tiles to a group
 (within 3 %), four smaller buffers for results, and a second group of warps that starts one or two
@@ -42,8 +49,9 @@ pieces of K behind the first so that one writes while the other multiplies (0 to
 the same kernel in CUDA C++, alone or with clusters of two that share rows or weights (multicast),
 gathering rows or from a copy, sustained, against the one in use (TFLOP/s, gate_up and down):
 Qwen3, 16384: 573 and 534 at best, 569 and 550 here; Mixtral, 16384: 615 and 639, 602 and 641;
-Mixtral, 1024: 442 and 464, 451 and 478. Shared weights need experts in tiles of 256 rows. Whole
-blocks were within 2 % where they were not slower.
+Mixtral, 1024: 442 and 464, 451 and 478. K of the down product in two or three parts, for more even
+rounds: Mixtral, 1024: 1532 and 1506 µs, 1518 whole; Qwen3, 1024: 361 and 383, 341 whole. Shared
+weights need experts in tiles of 256 rows. Whole blocks were within 2 % where they were not slower.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@
 - *wide*: many rows, bound by arithmetic: see ``fused_moe_triton_hopper``.
 
 Bytes: each expert in use once, ``3 * hidden * inner`` elements. Operations:
-``6 * hidden * inner`` for each pair. No way asks the host anything: all can be captured.
+``6 * hidden * inner`` for each pair. No way asks the host anything: all can be captured. The host
+works out the launches (2 for a vector, 4 up to 8192 pairs, then 6) once for a shape: see
+``replay_triton``.
 """
 
 from __future__ import annotations
