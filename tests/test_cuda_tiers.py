@@ -14,6 +14,7 @@ from ch15_helpers.bench.tiers import check_contents
 from ch15_helpers.errors import TierError
 from ch15_helpers.kv.cache import PagedKVCache
 from ch15_helpers.kv.keys import KeyTable
+from ch15_helpers.kv.peer_process import PeerProcess
 from ch15_helpers.kv.tiers import TierConfig, TieredStore
 from ch15_helpers.model.config import TINY
 
@@ -72,6 +73,36 @@ def test_a_peer_device_gives_back_what_it_got() -> None:
     assert torch.equal(cache.pages[12:], was)
     store.check_invariants()
     store.close()
+
+
+@two_devices
+def test_a_process_that_lends_its_gpu_and_dies_costs_misses() -> None:
+    """Its memory is mapped here, read while it lives, and a miss after: no hang, no lost device."""
+    peer = PeerProcess(device="cuda:1")
+    cache = PagedKVCache(TINY, 24, 4, device="cuda:0")
+    cache.pages.normal_()
+    was = cache.pages[:12].clone()
+    keys = KeyTable(4)
+    path = list(keys.keys_of(list(range(48))))
+    how = {"peer_process": peer, "peer_blocks": 12, "host_blocks": 4}
+    store = TieredStore(cache, keys, TierConfig(**how))  # type: ignore[arg-type]
+    store.demote(list(enumerate(path)))
+    cache.pages[:12] = -1.0
+    transfer = store.promote([(key, 12 + i) for i, key in enumerate(path)])
+    transfer.wait()
+    assert all(transfer.ok) and set(transfer.tiers) == {"peer"}
+    assert torch.equal(cache.pages[12:], was)
+    peer.kill()
+    transfer = store.promote([(key, i) for i, key in enumerate(path)])
+    transfer.wait()
+    assert not any(transfer.ok) and store.stats.faults == {"peer lost": 1}
+    cache.pages[:12].copy_(was)
+    store.demote(list(enumerate(path)))  # to the host, as far as there is room
+    assert store.occupancy() == {"peer": (0, 12), "host": (4, 4)}
+    store.drain()
+    store.check_invariants()
+    store.close()
+    assert torch.equal(cache.pages[12:], was)
 
 
 @pytest.mark.parametrize("layout", ["block_major", "layer_major"])

@@ -407,6 +407,36 @@ def test_a_peer_that_dies_costs_misses() -> None:
         pass
 
 
+def test_memory_whose_owner_ends_is_forgotten_and_not_asked_again() -> None:
+    """As the memory of a peer's GPU; here it is the host tier that loses its owner."""
+    with tiers(host_blocks=12) as (store, cache, keys, _was):
+        (tier,) = store._memory.tiers
+        demote(store, keys)
+        assert promote(store, keys).ok == [True] * 12
+        tier.alive = lambda: False
+        cache.pages[12:].zero_()
+        assert store.num_leading(keys) == 0
+        transfer = promote(store, keys)
+        assert transfer.ok == [False] * 12 and store.stats.faults == {"peer lost": 1}
+        demote(store, keys)
+        assert store.occupancy() == {"host": (0, 12)}
+
+
+def test_blocks_whose_owner_ends_while_they_are_copied_are_misses() -> None:
+    with tiers(host_blocks=12, background=False) as (store, _cache, keys, _was):
+        (tier,) = store._memory.tiers
+        demote(store, keys)
+        living = iter([True, True])  # at the promotion, and when the copy starts
+        tier.alive = lambda: next(living, False)
+        transfer = promote(store, keys)
+        assert transfer.tiers == ["host"] * 12 and transfer.ok == [False] * 12
+
+
+def test_a_peer_process_without_a_gpu_has_none_to_lend(peer: PeerProcess) -> None:
+    with pytest.raises(TierError, match="no GPU to lend"):
+        peer.lend(4, 64, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -23,6 +23,9 @@ class Mover(Protocol):
     def new_rows(self, num_slots: int) -> Tensor:
         """RAM that this mover copies from and to at full speed."""
 
+    def is_near(self, rows: Tensor) -> bool:
+        """Whether starting a ``load`` from there takes next to nothing: one launch for all."""
+
     def fence(self) -> Ticket:
         """Everything that the compute stream was given before now."""
 
@@ -59,6 +62,9 @@ class CpuMover:
 
     def new_rows(self, num_slots: int) -> Tensor:
         return torch.empty((num_slots, self._payload.num_bytes), dtype=torch.uint8)
+
+    def is_near(self, rows: Tensor) -> bool:
+        return False
 
     def fence(self) -> Ticket:
         return Ticket()

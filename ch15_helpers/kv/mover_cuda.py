@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,10 +44,10 @@ class CudaMover:
         self._device = device
         self._out, self._in = _stream(device), _stream(device)
         self._peer_streams = [] if peer is None else [_stream(peer)]
-        # The peer whose memory this device's kernels reach, or None.
-        self._reached = peer if peer is not None and can_copy_between(device, peer) else None
-        if self._reached is not None:
-            open_peer(device, self._reached)
+        # Whether a peer's rows are for kernels of this device; without Triton they are copied.
+        self._reaches = peer is not None and can_copy_between(device, peer)
+        if peer is not None and self._reaches:
+            open_peer(device, peer)
         self._chunk = staging_blocks
         size = (staging_blocks, payload.num_bytes)
         self._stage_out = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -66,6 +67,10 @@ class CudaMover:
         """Pinned RAM, uint8 [num_slots, payload bytes]."""
         size = (num_slots, self._payload.num_bytes)
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def is_near(self, rows: Tensor) -> bool:
+        """Whether one launch of this device's kernels brings all blocks from ``rows``."""
+        return self._payload.contiguous and self._reached(rows)
 
     def fence(self) -> Ticket:
         """What compute was given so far."""
@@ -104,12 +109,14 @@ class CudaMover:
         for ticket in after:
             if ticket.event is not None:
                 self._in.wait_event(ticket.event)
+        ids = _pairs(slots, blocks) if self.is_near(rows) else None
         begin, end = _timed_event(), _timed_event()
         with self._on(self._in):
             begin.record(self._in)
-            if self._payload.contiguous and rows.device == self._reached:
+            if ids is not None:
+                there = ids.to(self._device, non_blocking=True)
                 for part, first, last in self._payload.flat():
-                    self._copy(rows[:, first:last], slots, part, blocks)
+                    copy_rows(rows[:, first:last], part, there)
             elif self.direct:
                 for part, first, last in self._payload.flat():
                     for start, n in runs(slots, blocks, self._longest):
@@ -138,7 +145,7 @@ class CudaMover:
         for at in range(0, len(slots), self._chunk):
             some = slots[at : at + self._chunk]
             buffer = self._stage_in[: len(some)]
-            if rows.device == self._reached:
+            if self._reached(rows):
                 self._copy(rows, some, buffer, range(len(some)))
             else:
                 for start, n in runs(some, range(len(some)), self._longest):
@@ -148,9 +155,12 @@ class CudaMover:
             for part, view in zip(self._payload.parts, self._payload.views(buffer), strict=True):
                 part.index_copy_(0, ids, view)
 
+    def _reached(self, rows: Tensor) -> bool:
+        return rows.is_cuda and self._reaches
+
     def _send(self, buffer: Tensor, rows: Tensor, slots: Sequence[int]) -> None:
         """The buffer's rows into slots, on the current stream."""
-        if rows.device == self._reached:
+        if self._reached(rows):
             self._copy(buffer, range(len(slots)), rows, slots)
             return
         for start, n in runs(range(len(slots)), slots, self._longest):
@@ -175,8 +185,8 @@ class CudaMover:
         self, source: Tensor, from_rows: Sequence[int], target: Tensor, to_rows: Sequence[int]
     ) -> None:
         """Rows of this device or of the peer, in one launch on the current stream."""
-        ids = torch.tensor([from_rows, to_rows], dtype=torch.int32).pin_memory()
-        copy_rows(source, target, ids.to(self._device, non_blocking=True))
+        ids = _pairs(from_rows, to_rows).to(self._device, non_blocking=True)
+        copy_rows(source, target, ids)
 
     def _on(self, stream: torch.cuda.Stream) -> ExitStack:
         """Make ``stream`` current, and a side stream on the peer: a copy between two devices is
@@ -185,6 +195,11 @@ class CudaMover:
         for each in (*self._peer_streams, stream):
             stack.enter_context(torch.cuda.stream(each))
         return stack
+
+
+def _pairs(first: Sequence[int], second: Sequence[int]) -> Tensor:
+    """Row numbers for ``copy_rows``, pinned."""
+    return torch.from_numpy(np.array([first, second], dtype=np.int32)).pin_memory()
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -16,11 +16,14 @@ from ch15_helpers.errors import TierError
 from ch15_helpers.kv.peer_main import (
     CLIENT,
     GET,
+    HANDLE_LEN,
+    LEND,
     OPEN,
     ORDER_LEN,
     PUT,
     SERVER,
     STOP,
+    borrow,
     connect,
     make_store,
 )
@@ -34,24 +37,29 @@ class PeerProcess:
     """A process that owns memory for one store. Whoever starts it closes it.
 
     Attributes:
-        process: the child. bytes_sent, bytes_received: payload bytes so far.
+        process: the child. bytes_sent, bytes_received: payload bytes so far, over gloo.
+        device: the GPU whose memory it lends; None where it has only RAM.
     """
 
-    def __init__(self, timeout_s: float = 10.0) -> None:
+    def __init__(self, timeout_s: float = 10.0, device: str | None = None) -> None:
         """Start the process and connect to it (a few seconds: it imports torch).
 
         Args:
             timeout_s: an answer that takes longer counts as a lost peer.
+            device: with ``cuda:N`` the process owns memory of that GPU, which this one then reads
+                and writes over the device link, by itself.
 
         Raises:
             TierError: it does not start.
         """
         self.bytes_sent = self.bytes_received = 0
+        self.device = device
         self._lost = False
         self._talk = threading.Lock()  # an order and its answer belong together
         start = timedelta(seconds=60)
         store = make_store(0, master=True)
         command = [sys.executable, "-m", "ch15_helpers.kv.peer_main", str(store.port)]
+        command += [] if device is None else [device]
         said = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
@@ -74,6 +82,32 @@ class PeerProcess:
     def lost(self) -> bool:
         """Whether it has failed to answer; it is never asked again then."""
         return self._lost
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there; asks the kernel, not the process."""
+        return not self._lost and self.process.poll() is None
+
+    def lend(self, num_slots: int, row_bytes: int, onto: torch.device) -> torch.Tensor:
+        """Have it make zeroed memory on its GPU, and map it for kernels of ``onto``.
+
+        What was lent before must not be used any more. The mapping outlives the process: a read
+        that is under way when it dies still finds memory, and whoever reads asks ``alive`` after.
+
+        Returns:
+            uint8 [num_slots, row_bytes]; torch takes it for memory of ``onto``.
+
+        Raises:
+            TierError: it has no GPU.
+            PeerLost: it does not answer; so it is when there is not enough memory.
+        """
+        if self.device is None:
+            raise TierError("the peer process has no GPU to lend from; start it with a device")
+        message = torch.zeros(HANDLE_LEN, dtype=torch.uint8)
+        with self._talk:
+            self._order(LEND, [], num_slots, row_bytes)
+            self._receive(message)
+        return borrow(message, num_slots, row_bytes, onto)
 
     def open(self, num_slots: int, row_bytes: int) -> None:
         """Have the peer make its memory, zeroed; what it had before is gone. Raises PeerLost."""

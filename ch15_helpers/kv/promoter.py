@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -32,14 +33,18 @@ class Promoter:
         self._batch = batch
         self._buffers = [mover.new_rows(batch) for _ in range(2)] if backing else []
         self._emptied = [Ticket(), Ticket()]
+        self._counting = threading.Lock()  # two threads may start copies of one transfer
 
-    def _from_memory(self, transfer: Transfer, held: Sequence[Found], fence: Ticket) -> None:
+    @torch.inference_mode()
+    def from_memory(self, transfer: Transfer, held: Sequence[Found], fence: Ticket) -> None:
         """Start the copies of blocks that are in memory."""
         for tier in self._memory.tiers:
             mine = [(i, entry) for i, where, entry in held if where is tier]
             if not mine:
                 continue
             places, slots = [i for i, _ in mine], [entry.slot for _, entry in mine]
+            if not tier.alive():
+                continue
             after = {id(e.ticket): e.ticket for _, e in mine if e.ticket is not None}
             blocks = [transfer.pairs[i][1] for i in places]
             try:
@@ -47,6 +52,7 @@ class Promoter:
             except RuntimeError as error:  # torch raises nothing else, for CUDA too
                 self._memory.fault("copy failed", error)
                 continue
+            transfer.needs(places, tier.alive)
             self._account(transfer, places, [tier.name] * len(places), ticket)
 
     @torch.inference_mode()
@@ -56,7 +62,7 @@ class Promoter:
         """In the reader's thread: start all copies. Starting them takes the host a while, which
         the thread that launches the model does not have."""
         try:
-            self._from_memory(transfer, held, fence)
+            self.from_memory(transfer, held, fence)
             for number, start in enumerate(range(0, len(below), self._batch)):
                 self._from_below(transfer, below[start : start + self._batch], fence, number % 2)
         finally:
@@ -84,11 +90,12 @@ class Promoter:
     def _account(
         self, transfer: Transfer, places: Sequence[int], names: Sequence[str], ticket: Ticket
     ) -> None:
-        transfer.add(ticket)
-        for place, name in zip(places, names, strict=True):
-            transfer.ok[place] = True
-            transfer.tiers[place] = name
-            self._stats.promoted[name] += 1
         num_bytes = len(places) * self._memory.tiers[0].rows.shape[1]
-        transfer.num_bytes += num_bytes
-        self._stats.promoted_bytes += num_bytes
+        with self._counting:
+            transfer.add(ticket)
+            for place, name in zip(places, names, strict=True):
+                transfer.ok[place] = True
+                transfer.tiers[place] = name
+            self._stats.promoted.update(names)
+            transfer.num_bytes += num_bytes
+            self._stats.promoted_bytes += num_bytes

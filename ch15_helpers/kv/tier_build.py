@@ -9,6 +9,7 @@ from ch15_helpers.kv.backing import BackingTier
 from ch15_helpers.kv.mover import CpuMover, Mover
 from ch15_helpers.kv.mover_cuda import CudaMover
 from ch15_helpers.kv.payload import BlockPayload
+from ch15_helpers.kv.peer_process import PeerLost, PeerProcess
 from ch15_helpers.kv.tier_config import TierConfig, TierStats
 from ch15_helpers.kv.tier_disk import DiskTier
 from ch15_helpers.kv.tier_memory import MemoryTier
@@ -17,7 +18,8 @@ from ch15_helpers.kv.tier_peer import PeerProcessTier
 
 def make_mover(payload: BlockPayload, device: torch.device, config: TierConfig) -> Mover:
     """The mover for a cache on ``device``. Raises TierError for an unusable peer."""
-    peer = None if config.peer_device is None else other_device(config.peer_device, device)
+    name = peer_device(config)
+    peer = None if name is None else other_device(name, device)
     if device.type != "cuda":
         return CpuMover(payload)
     return CudaMover(
@@ -29,6 +31,13 @@ def make_mover(payload: BlockPayload, device: torch.device, config: TierConfig) 
     )
 
 
+def peer_device(config: TierConfig) -> str | None:
+    """The GPU that lends memory, whether this process owns that memory or another one does."""
+    if config.peer_process is not None:
+        return config.peer_process.device
+    return config.peer_device
+
+
 def memory_tiers(
     config: TierConfig, payload: BlockPayload, mover: Mover, has_backing: bool
 ) -> list[MemoryTier]:
@@ -38,6 +47,10 @@ def memory_tiers(
         size = (config.peer_blocks, payload.num_bytes)
         rows = torch.empty(size, dtype=torch.uint8, device=config.peer_device)
         tiers.append(MemoryTier("peer", rows, config.policy))
+    elif config.peer_process is not None and config.peer_process.device is not None:
+        process = config.peer_process
+        rows = _borrowed(process, config.peer_blocks, payload)
+        tiers.append(MemoryTier("peer", rows, config.policy, lambda: process.alive))
     host_blocks = config.host_blocks or (config.staging_blocks if has_backing else 0)
     if host_blocks:
         tiers.append(MemoryTier("host", mover.new_rows(host_blocks), config.policy))
@@ -49,7 +62,7 @@ def backing_tiers(
 ) -> list[BackingTier]:
     """Peer process, then disk. Raises TierError for a directory that cannot be used."""
     tiers: list[BackingTier] = []
-    if config.peer_process is not None:
+    if config.peer_process is not None and config.peer_process.device is None:
         tiers.append(
             PeerProcessTier(
                 config.peer_process,
@@ -72,6 +85,17 @@ def backing_tiers(
             )
         )
     return tiers
+
+
+def _borrowed(process: PeerProcess, num_blocks: int, payload: BlockPayload) -> torch.Tensor:
+    try:
+        return process.lend(num_blocks, payload.num_bytes, payload.parts[0].device)
+    except PeerLost as error:
+        size = num_blocks * payload.num_bytes / 2**30
+        raise TierError(
+            f"the peer process did not lend {size:.2f} GiB of {process.device}: {error}; it is "
+            "gone, or has not that much: start another one, or lend less"
+        ) from error
 
 
 def other_device(peer: str, local: torch.device) -> torch.device:

@@ -20,8 +20,9 @@ class TierConfig:
         host_blocks: RAM, pinned where the cache is on CUDA.
         disk_dir, disk_blocks: a directory of this store's own, and the most files in it.
         peer_device, peer_blocks: memory of *another* CUDA device, e.g. ``cuda:1``, reached by P2P.
-        peer_process: memory that another process owns (``PeerProcess``), for machines with one
-            device; ``peer_blocks`` is its size then. Real movement, but over gloo, not NVLink.
+        peer_process: memory that another process owns (``PeerProcess``); ``peer_blocks`` is its
+            size then. Memory of a GPU is read and written over the device link, and stands above
+            the host; RAM stands below it and is reached over gloo, which is not that link.
         policy: eviction of every tier, a name for ``make_eviction_policy``.
         background: move in a worker thread (disk, peer process, and all of it on a CPU). Without
             it every call returns when its copies are made: slower, and the same in each run.

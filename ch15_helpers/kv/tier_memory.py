@@ -16,10 +16,17 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryTier:
-    """Index and rows, uint8 [slots, payload bytes]."""
+    """Index and rows, uint8 [slots, payload bytes].
 
-    def __init__(self, name: str, rows: Tensor, policy: str) -> None:
+    ``alive`` says whether their owner is there; a tier that was ``lost`` holds nothing any more.
+    """
+
+    def __init__(
+        self, name: str, rows: Tensor, policy: str, alive: Callable[[], bool] = lambda: True
+    ) -> None:
         self.name = name
+        self.alive = alive
+        self.lost = False
         self.rows = rows
         self.index = SlotIndex(len(rows), policy, rows.shape[1])
 
@@ -55,14 +62,18 @@ class MemoryTiers:
 
     def store(self, pairs: Sequence[tuple[int, BlockKey]]) -> None:
         """Copy device blocks into the highest tier; what is in memory already is only touched."""
-        top = self.tiers[0]
+        level = next((i for i, tier in enumerate(self.tiers) if not tier.lost), None)
+        if level is None:
+            self._stats.dropped += len(pairs)
+            return
+        top = self.tiers[level]
         new: list[tuple[int, Entry]] = []
         for block, key in pairs:
             present = self.find(key)
             if present is not None:
                 present[0].index.touch(present[1])
                 continue
-            entry = self._take_slot(0, key)
+            entry = self._take_slot(level, key)
             if entry is None:
                 self._stats.dropped += 1
             else:
@@ -84,6 +95,15 @@ class MemoryTiers:
             top.index.unpin(entry)
         self._stats.demoted += len(new)
         self._stats.demoted_bytes += len(new) * top.rows.shape[1]
+
+    def see_losses(self) -> None:
+        """Forget what lies in memory whose owner has ended."""
+        for tier in self.tiers:
+            if not tier.lost and not tier.alive():
+                tier.lost = True
+                for entry in list(tier.index):
+                    tier.index.drop(entry)
+                self.fault("peer lost", RuntimeError("the process that owned them has ended"))
 
     def fault(self, reason: str, error: Exception) -> None:
         """Count what went wrong; the block is a miss from now on."""

@@ -32,6 +32,7 @@ from ch15_helpers.kv.worker import Worker
 
 __all__ = ["TierConfig", "TierStats", "TieredStore", "Transfer"]
 
+_HEAD = 64  # blocks of a promotion whose copy starts before the others are looked up
 _BATCH = 8  # blocks in one job of the worker, so that promotions do not wait for long
 
 
@@ -83,6 +84,7 @@ class TieredStore:
             recompute_s or (lambda key: float(key.depth + 1)),
             has_backing=bool(tiers),
         )
+        self._near = [t for t in self._memory.tiers if self._mover.is_near(t.rows)]
         self._promoter = Promoter(self._mover, self._memory, self._backing, stats, _BATCH)
         # Two threads: a promotion must not wait for a file that is being written.
         self._reader = Worker("ch15-kv-promote", background=config.background)
@@ -105,6 +107,7 @@ class TieredStore:
         with self._lock:
             if self._closed:
                 return 0
+            self._memory.see_losses()
             return next((i for i, key in enumerate(keys) if not self.tier_of(key)), len(keys))
 
     def occupancy(self) -> dict[str, tuple[int, int]]:
@@ -126,6 +129,7 @@ class TieredStore:
             if self._closed or not self._memory.tiers:
                 return
             self._reap()
+            self._memory.see_losses()
             share = self.config.clean_fraction if self.config.host_blocks else 1.0
             ready = math.ceil(share * self._memory.tiers[-1].index.num_slots)
             size = self.config.staging_blocks
@@ -203,24 +207,41 @@ class TieredStore:
         transfer = Transfer(pairs, self._clock(), self._clock)
         below: list[int] = []
         held: list[Found] = []
+        far: list[Found] = []
         with self._lock:
             if self._closed:
                 transfer.issued()
                 return transfer
             self._reap()
-            for i, (key, _) in enumerate(pairs):
-                found = self._memory.find(key)
-                if found is not None:
-                    tier, entry = found
-                    tier.index.touch(entry)
-                    tier.index.pin(entry)
-                    held.append((i, tier, entry))
-                elif self._backing.tier_of(key):
-                    below.append(i)
+            self._memory.see_losses()
+            fence = self._mover.fence()
+            # A peer's first blocks are on their way while the others are looked up.
+            for start, stop in ((0, _HEAD), (_HEAD, len(pairs))):
+                some = self._hold(transfer, start, min(stop, len(pairs)), below)
+                held += some
+                self._promoter.from_memory(transfer, [e for e in some if e[1] in self._near], fence)
+                far += [e for e in some if e[1] not in self._near]
             self._in_flight.append((transfer, held))
-        fence = self._mover.fence()
-        self._reader.submit(partial(self._promoter.run, transfer, held, below, fence))
+        if far or below:
+            self._reader.submit(partial(self._promoter.run, transfer, far, below, fence))
+        else:
+            transfer.issued()
         return transfer
+
+    def _hold(self, transfer: Transfer, start: int, stop: int, below: list[int]) -> list[Found]:
+        """Pin what is in memory of some pairs; what is in a lower tier is added to ``below``."""
+        held: list[Found] = []
+        for i in range(start, stop):
+            key = transfer.pairs[i][0]
+            found = self._memory.find(key)
+            if found is not None:
+                tier, entry = found
+                tier.index.touch(entry)
+                tier.index.pin(entry)
+                held.append((i, tier, entry))
+            elif self._backing.tier_of(key):
+                below.append(i)
+        return held
 
     def poll(self) -> list[Transfer]:
         """Transfers that are done, each of them once."""

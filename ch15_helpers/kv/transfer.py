@@ -32,6 +32,7 @@ class Transfer:
         self.finished_s: float | None = None
         self._clock = clock
         self._tickets: list[Ticket] = []
+        self._owners: list[tuple[Sequence[int], Callable[[], bool]]] = []
         self._issued = threading.Event()  # all copies were started, and some may be over
 
     @property
@@ -41,6 +42,10 @@ class Transfer:
         if self.finished_s is None:
             if not self._issued.is_set() or not all(ticket.done for ticket in self._tickets):
                 return False
+            for places, alive in self._owners:
+                if not alive():
+                    for place in places:
+                        self.ok[place] = False
             self.finished_s = self._clock()
         return True
 
@@ -66,6 +71,10 @@ class Transfer:
     def add(self, ticket: Ticket) -> None:
         """For the store: one more copy was started."""
         self._tickets.append(ticket)
+
+    def needs(self, places: Sequence[int], alive: Callable[[], bool]) -> None:
+        """For the store: these blocks count only if their owner is there when all copies end."""
+        self._owners.append((places, alive))
 
     def issued(self) -> None:
         """For the store: no more copies will be started."""
