@@ -95,6 +95,7 @@ def test_a_compiler_that_fails_or_is_missing(
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no room >&2\nexit 1\n")
     broken.chmod(0o755)
+    monkeypatch.setenv(library_module.SWITCH, "on")
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("CH15_CACHE", str(tmp_path / "cache"))
     fresh = library_module.cpu_library.__wrapped__
