@@ -20,7 +20,7 @@ from ch15_helpers.disagg.wire import WireMessage
 
 _IN_CACHE_BYTES = 1024**2
 _APART_BYTES = 256 * 1024  # rows of this size and more travel apart from their tags: no copy
-# A piece costs a lock and a wake-up on each side; the first digest waits for one, and the last.
+# A piece costs a lock and a wake-up on each side; the last digest waits for one.
 _PIECE_BYTES = 3 * 1024**2
 
 
