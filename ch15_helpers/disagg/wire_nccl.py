@@ -49,28 +49,26 @@ class _Link:
         self.error: str | None = None
         self.is_over = False
 
-    def move(self, pieces: Iterable[Tensor], arrived: Callable[[int], None] | None = None) -> Any:
-        """Start moving pieces that are ready on the current stream; when the event is, they are.
-
-        Args:
-            arrived: called with the number of each piece; what it launches follows the piece.
-        """
-        begun, last = torch.cuda.current_stream(self.stream.device).record_event(), self.stream
-        self.stream.wait_event(begun)
-        for number, piece in enumerate(pieces):
-            with torch.cuda.stream(self.stream):
+    def move(self, pieces: Iterable[Tensor]) -> Any:
+        """Start moving pieces that are ready on the current stream; when the event is, they are."""
+        self.stream.wait_event(torch.cuda.current_stream(self.stream.device).record_event())
+        with torch.cuda.stream(self.stream):
+            for piece in pieces:
                 work = (
                     self._group.send([piece], 1, 0)
                     if self.sending
                     else self._group.recv([piece], 0, 0)
                 )
                 work.wait()  # makes the stream wait, not the host
-            if arrived is not None:  # beside the next piece
-                last = self._after
-                last.wait_stream(self.stream)
-                with torch.cuda.stream(last):
-                    arrived(number)
-        return last.record_event()
+        return self.stream.record_event()
+
+    def follow(self, event: Any, arrived: Callable[[int], None], num_pieces: int) -> Any:
+        """What comes after a message, beside the next one; another event."""
+        self._after.wait_event(event)
+        with torch.cuda.stream(self._after):
+            for number in range(num_pieces):
+                arrived(number)
+        return self._after.record_event()
 
     def abort(self, reason: str) -> None:
         """Give up whatever is under way; that may take a while, so a thread does it."""
@@ -142,6 +140,7 @@ class NcclWire:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def start(self, messages: Sequence[WireMessage]) -> None:
+        begun: list[tuple[_Link, WireMessage, Any]] = []
         for message in messages:
             link = self._link(message.peer, message.sending)
             if link.error is not None:
@@ -150,7 +149,11 @@ class NcclWire:
             pieces = list(message.take())
             if message.ready is not None:  # it was filled before, perhaps on another stream
                 link.stream.wait_event(message.ready)
-            link.batches.append((link.move(pieces, message.arrived), message))
+            begun.append((link, message, link.move(pieces)))
+        for link, message, event in begun:  # only now: the peer waits for receives
+            if message.arrived is not None:
+                event = link.follow(event, message.arrived, len(message.pieces))
+            link.batches.append((event, message))
 
     def finished(self) -> list[tuple[WireMessage, str | None]]:
         done, self._refused = self._refused, []
