@@ -20,6 +20,7 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_version_is_the_one_rank_layer(dtype: str) -> None:
     ranks = 1 << (min(4, torch.cuda.device_count()).bit_length() - 1)
+    fixed = ExpertParallelConfig(max_tokens=750)
     study = LayerStudy(
         num_ranks=ranks,
         num_experts=32,
@@ -37,8 +38,10 @@ def test_every_version_is_the_one_rank_layer(dtype: str) -> None:
             Version("plain"),
             Version("chunks", overlap=True, num_chunks=2),
             Version("fp8", ExpertParallelConfig(True, torch.bfloat16), overlap=True),
-            Version("fixed", ExpertParallelConfig(max_tokens=750)),
+            Version("fixed", fixed),
             Version("nodes", ExpertParallelConfig(ranks_per_node=max(1, ranks // 2))),
+            Version("graph", fixed, overlap=True, captured=True),
+            Version("graph of chunks", fixed, True, 2, captured=True),
         ),
     )
     placement = ExpertPlacement.even(32, ranks)

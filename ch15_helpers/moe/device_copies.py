@@ -58,6 +58,10 @@ def make_device_copies(
             slots, weights, slots_per_destination, positions, fixed_rows, None, ones
         )
     homes, counts = choose_homes_triton(slots, slots_per_destination, num_destinations, dedup)
+    if not slots.numel():
+        return DeviceCopies(
+            slots, weights, slots_per_destination, homes, (homes.flatten(), homes), counts, ones
+        )
     order = sort_by_expert(homes, num_destinations, 1, _TILE)
     return DeviceCopies(
         slots, weights, slots_per_destination, order.positions.view(slots.shape),

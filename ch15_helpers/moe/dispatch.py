@@ -27,7 +27,6 @@ from ch15_helpers.moe.device_copies import (
     sum_device_copies,
 )
 from ch15_helpers.moe.modelled_link import ModelledLink, hold_until
-from ch15_helpers.moe.peer_buffers import PeerBuffers
 from ch15_helpers.moe.wire import WireFormat
 
 _TILE = 1 << 20  # tiles of the order are not used here: as few as possible
@@ -155,16 +154,6 @@ class Pending:
         return self._out
 
 
-class Arrival:
-    """An event in the place of a collective's work: the current stream waits for it."""
-
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
-
-
 class Exchange:
     """All-to-all between the ranks of a group, counting what it puts on each link.
 
@@ -172,7 +161,6 @@ class Exchange:
         rank, size: in the group. ranks: the group's members as ranks of the world.
         link_bytes: bytes that this rank sent to others, by :data:`Link`; what stays is no link's.
         link: modelled, holds back what arrives (CPU ranks: it is the host that waits); or None.
-        peers: carries messages of a fixed size instead of a collective; or None.
     """
 
     def __init__(self, group: Any = None, level: str = "") -> None:
@@ -187,7 +175,6 @@ class Exchange:
         self.ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self.link_bytes: Counter[Link] = Counter()
         self.link: ModelledLink | None = None
-        self.peers: PeerBuffers | None = None
         self._port_free_s = 0.0
 
     def counts(self, counts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
@@ -212,9 +199,6 @@ class Exchange:
         """Start sending ``sent[i]`` rows to rank i, in order, and receiving ``received[i]``."""
         row_bytes = rows.shape[1] * rows.element_size()
         self._count(what, sent, row_bytes)
-        if self.peers is not None:
-            arrived, done = self.peers.start(rows.contiguous().view(torch.uint8))
-            return Pending(arrived.view(rows.dtype), rows, Arrival(done))
         out = rows.new_empty((sum(received), rows.shape[1]))
         due_s = self._due_s(sent, received, row_bytes)
         bytes_out, bytes_in = out.view(torch.uint8), rows.contiguous().view(torch.uint8)

@@ -22,7 +22,6 @@ from ch15_helpers.model.transformer import Transformer
 from ch15_helpers.moe.dispatch import Dispatcher, Exchange, Link, Pending, Trip
 from ch15_helpers.moe.experts import ExpertWeights
 from ch15_helpers.moe.modelled_link import ModelledLink
-from ch15_helpers.moe.peer_buffers import PeerBuffers
 from ch15_helpers.moe.placement import ExpertPlacement, SlotChooser
 from ch15_helpers.moe.routing import drop_over_capacity, expert_capacity
 from ch15_helpers.moe.wire import WireFormat
@@ -111,21 +110,6 @@ class ExpertParallel:
     def model_link(self, link: ModelledLink | None) -> None:
         """Hold back what arrives as ``link`` would, from now on; None stops that."""
         self.exchange.link = link
-
-    @property
-    def message_bytes(self) -> int:
-        """Bytes of the largest message to one rank, where messages have a fixed size."""
-        return (self.config.max_tokens or 0) * max(self.row_bytes)
-
-    def use_peers(self, peers: PeerBuffers | None) -> None:
-        """Carry messages by copies between the GPUs of this host; None: by collectives again.
-
-        Raises:
-            MoEError: messages have no fixed size, or go in two levels.
-        """
-        if peers and (self.config.max_tokens is None or self.config.ranks_per_node is not None):
-            raise MoEError("peer buffers need max_tokens and one level of dispatch")
-        self.exchange.peers = peers
 
     @property
     def row_bytes(self) -> tuple[int, int]:

@@ -24,7 +24,6 @@ from ch15_helpers.moe.expert_parallel import ExpertParallel, ExpertParallelConfi
 from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
 from ch15_helpers.moe.model_overlap import before_experts
 from ch15_helpers.moe.overlap import OverlapLayer, forward_micro_batches, time_versions
-from ch15_helpers.moe.peer_buffers import PeerBuffers
 from ch15_helpers.moe.placement import ExpertPlacement
 from ch15_helpers.moe.random_experts import random_shared, relative_error
 
@@ -36,14 +35,12 @@ class StackVersion:
     Attributes:
         batches: micro-batches. overlap: in turn, else one after the other.
         captured: replayed from a CUDA graph, with messages of a fixed size; else counts are traded.
-        peers: captured, and messages go by copy engines: see ``PeerBuffers``.
     """
 
     name: str
     batches: int = 1
     overlap: bool = False
     captured: bool = False
-    peers: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,6 @@ class StackStudy:
             raise MoEError(f"points {self.points}: expected {most} sequences or more in each")
         if self.device == "cpu" and any(version.captured for version in self.versions):
             raise MoEError("a captured version needs ranks on GPUs: device is 'cpu'")
-        if any(version.peers and not version.captured for version in self.versions):
-            raise MoEError("a version with peers must be captured: its messages have a fixed size")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -119,11 +114,7 @@ def run_stack_study(study: StackStudy, rank: int, device: torch.device) -> list[
     top_k = model.config.num_experts_per_tok
     whole = [ExpertWeights(*_experts(layer)) for layer in model.layers]
     own = [weights.of_rank(placement, rank) for weights in whole]
-    rows, peers = [], None
-    if any(version.peers for version in study.versions):
-        most = max(sequences * length for sequences, length in study.points)
-        wide = ExpertParallel(own[0], placement, top_k, ExpertParallelConfig(max_tokens=most))
-        peers = PeerBuffers(wide.message_bytes, device)
+    rows = []
     for sequences, length in study.points:
         generator.manual_seed(study.seed * 1009 + rank)
         shape = sequences * length, model.config.hidden_size
@@ -142,8 +133,6 @@ def run_stack_study(study: StackStudy, rank: int, device: torch.device) -> list[
                 )
                 for before, mine, one in zip(befores, own, shared, strict=True)
             ]
-            for layer in layers:
-                layer.parallel.use_peers(peers if version.peers else None)
             calls[version.name] = _call(version, layers, x, length)
         errors = [relative_error(call(), expected) for call in calls.values()]
         times = time_versions(calls, device, iterations=study.iterations, warmup=study.warmup)

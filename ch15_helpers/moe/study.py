@@ -26,7 +26,6 @@ from ch15_helpers.moe.experts import ExpertWeights, SharedExpert
 from ch15_helpers.moe.modelled_link import ModelledLink
 from ch15_helpers.moe.overlap import forward_overlapped, forward_sequential, time_versions
 from ch15_helpers.moe.overlap_model import PhaseTimes
-from ch15_helpers.moe.peer_buffers import PeerBuffers
 from ch15_helpers.moe.placement import ExpertPlacement
 from ch15_helpers.moe.random_experts import random_experts, random_shared, relative_error
 from ch15_helpers.moe.routing import SyntheticRouter
@@ -47,7 +46,6 @@ class Version:
         bare: the collectives of this version with the same sizes, and nothing else: their limit.
         shift: a mutation that results must show: every rank holds its experts one slot too far.
         captured: replayed from a CUDA graph; needs messages of a fixed size.
-        peers: messages of a fixed size go by copy engines: see ``PeerBuffers``.
     """
 
     name: str
@@ -59,13 +57,10 @@ class Version:
     bare: bool = False
     shift: bool = False
     captured: bool = False
-    peers: bool = False
 
     def __post_init__(self) -> None:
-        if (self.captured or self.peers) and self.config.max_tokens is None:
-            raise MoEError(
-                f"version {self.name!r}: captured and peers need messages of a fixed size"
-            )
+        if self.captured and self.config.max_tokens is None:
+            raise MoEError(f"version {self.name!r}: captured needs messages of a fixed size")
         if self.config.ranks_per_node is not None and self.bare:
             raise MoEError(f"version {self.name!r}: bare is for one level of dispatch")
 
@@ -109,10 +104,8 @@ class LayerStudy:
             raise MoEError(f"dtype {self.dtype!r}; expected float32, float16 or bfloat16")
         if self.device != "cpu" and any(version.link for version in self.versions):
             raise MoEError("a modelled link holds up the host: it needs ranks on the CPU")
-        if self.device == "cpu" and any(v.captured or v.peers for v in self.versions):
-            raise MoEError(
-                "a captured version, or one with peers, needs ranks on GPUs: device is 'cpu'"
-            )
+        if self.device == "cpu" and any(v.captured for v in self.versions):
+            raise MoEError("a captured version needs ranks on GPUs: device is 'cpu'")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -136,7 +129,7 @@ class LayerStudy:
                     entry["name"], ExpertParallelConfig(**config), entry["overlap"],
                     entry["num_chunks"], slots and tuple(tuple(row) for row in slots),
                     entry["link"] and tuple(entry["link"]), entry["bare"], entry["shift"],
-                    entry["captured"], entry["peers"],
+                    entry["captured"],
                 )
             )  # fmt: skip
         tokens = tuple(tuple(sizes) for sizes in fields["tokens"])
@@ -197,11 +190,6 @@ def run_study(study: LayerStudy, rank: int, device: torch.device) -> list[StudyR
     ]  # fmt: skip
     for version, layer in zip(study.versions, layers, strict=True):
         layer.model_link(make_link(version.link))
-    with_peers = [layer for v, layer in zip(study.versions, layers, strict=True) if v.peers]
-    if with_peers:
-        peers = PeerBuffers(max(layer.message_bytes for layer in with_peers), device)
-        for layer in with_peers:
-            layer.use_peers(peers)
     rows: list[StudyRow] = []
     for point in range(len(study.tokens)):
         x, factors, experts = (part.to(device) for part in study.batch(point, rank))
