@@ -5,9 +5,10 @@ to read a GGUF file) come with the ``test`` extra; the book itself does not need
 batch have equal lengths, so that transformers needs no padding, its best case.
 
 Both sides run in each dtype, ours with the weights as they were loaded (``rows``, where it is
-float32) and in the layout that ``load_model`` chooses, all in the same rounds. A row compares like
-with like: float32 with float32, bfloat16 with bfloat16. The last row of a workload holds our
-fastest float32 layout, whose tokens are exact, against whatever dtype is transformers' fastest.
+float32), in the layout that ``load_model`` chooses and in the one that was measured to be fastest,
+all in the same rounds. A row compares like with like: float32 with float32, bfloat16 with bfloat16.
+The last row of a workload holds our fastest float32 layout, whose tokens are exact, against
+whatever dtype is transformers' fastest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import typer
 
 from ch15_helpers.bench.timing import PairTiming, Samples, interleave, pair_from_samples
 from ch15_helpers.errors import Ch15Error
-from ch15_helpers.model.cpu_weights import choose_layout
+from ch15_helpers.model.cpu_weights import FASTEST, choose_layout
 from ch15_helpers.model.loading import find_smollm2, load_model, resolve_device
 from ch15_helpers.serving.config import EngineConfig
 from ch15_helpers.serving.engine import Engine
@@ -134,9 +135,10 @@ def our_sides(device: str, dtypes: Sequence[str], max_num_seqs: int) -> tuple[li
     on_cpu = resolve_device(device).type == "cpu"
     sides, tokenizer = [], None
     for dtype in dtypes:
-        chosen = choose_layout(getattr(torch, dtype)) if on_cpu else "rows"
-        # In bfloat16 the layouts multiply alike, and one of them is faster everywhere.
-        for layout in dict.fromkeys(("rows", chosen) if dtype == EXACT else (chosen,)):
+        layouts = ["rows"] if dtype == EXACT or not on_cpu else []
+        if on_cpu:
+            layouts += (choose_layout(getattr(torch, dtype), how) for how in (None, FASTEST))
+        for layout in dict.fromkeys(layouts):
             model = load_model("smollm2", device, dtype, cpu_layout=layout)
             tokenizer = model.tokenizer
             engine = Engine(model, EngineConfig(max_num_seqs=max_num_seqs))
