@@ -52,12 +52,13 @@ def test_many_rows_match_float64(shape, gated):
     assert torch.equal(out, multiply(x, weight, gated, "many"))
 
 
+@pytest.mark.parametrize("tile", [96, 112, 128])
 @pytest.mark.parametrize("shape", FEW, ids=str)
-def test_few_rows_match_float64(shape):
+def test_few_rows_match_float64(shape, tile):
     x, weight = inputs(*shape)
-    out = multiply(x, weight, True, "few")
+    out = multiply(x, weight, True, "few", tile)
     assert error(out, expected(x, weight, True)) < 4e-3
-    assert torch.equal(out, multiply(x, weight, True, "few"))
+    assert torch.equal(out, multiply(x, weight, True, "few", tile))
 
 
 @pytest.mark.parametrize(("num_rows", "way"), [(100, "few"), (2048, "many")])

@@ -11,7 +11,7 @@ from torch.utils import cpp_extension
 
 from ch15_helpers.errors import HardwareError
 from ch15_helpers.kernels import hopper_gemm
-from ch15_helpers.kernels.hopper_gemm import choose_way, fills, hopper_linear
+from ch15_helpers.kernels.hopper_gemm import choose_way, few_tile, fills, hopper_linear
 from ch15_helpers.kernels.linear import gated_linear, linear
 
 
@@ -50,14 +50,23 @@ def test_whole_tiles_go_to_the_kernel_and_ragged_ones_to_cublas():
 
 
 @pytest.mark.parametrize("processors", [78, 114, 132])
+@pytest.mark.parametrize("width", [8, 96, 6144, 11008, 12288, 14336, 16896])
+def test_a_tile_of_few_rows_is_the_narrowest_of_one_round(processors, width):
+    tile = few_tile(width, processors)
+    narrower = [t for t in (96, 112, 128) if tile is None or t < tile]
+    assert all(t * processors < width for t in narrower)
+    assert tile is None or tile * processors >= width
+
+
+@pytest.mark.parametrize("processors", [78, 114, 132])
 def test_few_rows_go_to_the_kernel_where_one_round_of_tiles_uses_most_of_the_gpu(processors):
     ways = {
         (rows, tiles): choose_way(rows, tiles * 128, True, processors)
-        for rows in (1, 16, 32, 128)
+        for rows in (1, 15, 16, 128)
         for tiles in (1, processors // 2, processors - 1, processors, processors + 1)
     }
     taken = {key for key, way in ways.items() if way == "few"}
-    assert taken == {(rows, n) for rows in (32, 128) for n in (processors - 1, processors)}
+    assert taken == {(rows, n) for rows in (16, 128) for n in (processors - 1, processors)}
     assert set(ways.values()) == {None, "few"}
     assert choose_way(64, processors * 256, False, processors) is None  # not gated
 

@@ -29,6 +29,7 @@ _SOURCES = ("hopper_gemm.cu", "hopper_gemm_few.cu")
 _FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a")
 _TILE_ROWS, _TILE_WIDTH = 256, 256
 _FEW_ROWS = 128
+_FEW_TILES = (96, 112, 128)  # columns of the result that one block takes
 
 Way = Literal["many", "few"]
 
@@ -45,6 +46,16 @@ def fills(num_rows: int, width: int, gated: bool, processors: int) -> float:
     return wanted / (rounds * max(1, processors // 2))
 
 
+def few_tile(width: int, processors: int) -> int | None:
+    """The narrowest tile of few rows of which each processor takes one at most; None: none is.
+
+    Each block reads its part of the weight: the more of them, the more of the GPU's memory they
+    keep busy.
+    """
+    fitting = (tile for tile in _FEW_TILES if -(-width // tile) <= processors)
+    return next(fitting, None)
+
+
 def choose_way(num_rows: int, width: int, gated: bool, processors: int) -> Way | None:
     """Which kernel takes a product, None where cuBLAS is as good or better.
 
@@ -53,17 +64,21 @@ def choose_way(num_rows: int, width: int, gated: bool, processors: int) -> Way |
         gated: whether SwiGLU is part of it. processors: multiprocessors of the GPU.
     """
     # On one H200, µs, cuBLAS (with the activation after it where it is gated) and this. Captured,
-    # width 14336, depth 4096: 128 rows 70.0 and 64.1; 64 rows 64.1 and 59.9; 32 rows 59.8 and 59.2;
-    # 16 rows 58.7 and 59.0. 128 rows, other widths: 8192 (64 tiles) 32.7 and 35.2; 11008 (86) 56.3
-    # and 51.6; 12288 (96) 59.4 and 56.0; 16896 (132) 45.9 and 40.4.
+    # depth 4096, width 14336 (128 tiles of 112): 128 rows 69.4 and 62.8; 64 rows 64.2 and 58.8; 32
+    # rows 59.6 and 57.9; 16 rows 58.5 and 57.6. 128 and 16 rows, other widths: 8192 (86 tiles of
+    # 96) 41.1 and 40.4, 35.1 and 38.1; 11008 (115 of 96) 54.3 and 51.1, 47.8 and 45.8; 12288 (128
+    # of 96) 58.7 and 54.2, 50.7 and 50.0; 16896 (132 of 128) 80.9 and 74.3, 68.8 and 67.4. Tiles of
+    # 128 take 65.2 where those of 112 take 62.8.
     if num_rows <= _FEW_ROWS:
-        tiles = -(-width // (_TILE_WIDTH // 2))
-        alone = 0.65 * processors <= tiles <= processors
-        return "few" if gated and num_rows >= 32 and alone else None
+        tile = few_tile(width, processors)
+        fills_one = tile is not None and -(-width // tile) >= 0.8 * processors
+        return "few" if gated and num_rows >= 16 and fills_one else None
     # For seconds, width 14336, depth 4096, gated: 1536 rows fill 0.93 of the GPU, 554 and 584; 3000
     # rows 0.95, 1101 and 1093; 2048 rows 0.97, 789 and 728; 32000 rows 1.0, 12120 and 11164. Plain,
     # width 4096, depth 14336: 1024 rows 0.97, 180 and 181; 2048 rows 0.97, 356 and 349; 5000 rows
     # 0.95, 853 and 899; 32000 rows 0.98, 5713 and 5486.
+    # Adding the residual here, in the tiles' epilogue, saved nothing: 8448 rows and the norm after
+    # them, 1494 and 1487 at depth 14336, 481 and 492 at 4096.
     least, fewest = (0.955, 1024) if gated else (0.965, 2048)
     filled = num_rows >= fewest and fills(num_rows, width, gated, processors) >= least
     return "many" if filled else None
@@ -103,11 +118,12 @@ def hopper_linear(x: Tensor, weight: Tensor, gated: bool = False) -> Tensor | No
     return multiply(x, weight, gated, way)
 
 
-def multiply(x: Tensor, weight: Tensor, gated: bool, way: Way) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, gated: bool, way: Way, tile: int | None = None) -> Tensor:
     """:func:`hopper_linear` in one way, for inputs that :func:`can_multiply`.
 
     Args:
         way: "few" takes 128 rows at most, and only gated products.
+        tile: columns that a block takes of those; None is :func:`few_tile`'s, or the widest.
 
     Raises:
         HardwareError: the kernels could not be built or started.
@@ -122,7 +138,8 @@ def multiply(x: Tensor, weight: Tensor, gated: bool, way: Way) -> Tensor:
     if way == "few":
         assert gated
         assert num_rows <= _FEW_ROWS
-        error = library.ch15_gemm_few(*given, stream)
+        tile = tile or few_tile(width, num_processors(x.device)) or _FEW_TILES[-1]
+        error = library.ch15_gemm_few(*given, tile, stream)
     else:
         error = library.ch15_gemm(*given, int(gated), num_processors(x.device), stream)
     if error:
@@ -160,7 +177,7 @@ def _library() -> ctypes.CDLL | None:
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     given = [pointer] * 3 + [number, long, number, number]
     library.ch15_gemm.argtypes = [*given, number, number, pointer]
-    library.ch15_gemm_few.argtypes = [*given, pointer]
+    library.ch15_gemm_few.argtypes = [*given, number, pointer]
     if library.ch15_gemm_prepare() or library.ch15_gemm_few_prepare():
         warnings.warn("the CUDA C++ matrix products did not load: cuBLAS multiplies", stacklevel=2)
         return None

@@ -53,10 +53,10 @@ __device__ __forceinline__ void expect_bytes(uint32_t bar, uint32_t bytes) {
                  : "memory");
 }
 
-__device__ __forceinline__ void init_ring(uint32_t base, int readers) {
-    for (int stage = 0; stage < STAGES; ++stage) {
+__device__ __forceinline__ void init_ring(uint32_t base, int readers, int stages = STAGES) {
+    for (int stage = 0; stage < stages; ++stage) {
         init_barrier(base + BARRIER_OFFSET + stage * 8, 1);
-        init_barrier(base + BARRIER_OFFSET + (STAGES + stage) * 8, readers);
+        init_barrier(base + BARRIER_OFFSET + (stages + stage) * 8, readers);
     }
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
