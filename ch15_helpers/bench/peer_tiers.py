@@ -55,6 +55,7 @@ def promotion_rates(
     device: torch.device,
     peer: torch.device | None,
     *,
+    block_size: int = BLOCK_SIZE,
     layout: Layout = "block_major",
     rounds: int = 5,
 ) -> dict[str, float]:
@@ -65,9 +66,9 @@ def promotion_rates(
         on the copy's stream, and ``demote_GBps`` of putting them there, wait included.
     """
     cache = PagedKVCache(
-        model, count, BLOCK_SIZE, dtype=torch.bfloat16, device=device, layout=layout
+        model, count, block_size, dtype=torch.bfloat16, device=device, layout=layout
     )
-    table, rng = KeyTable(BLOCK_SIZE), random.Random(0)
+    table, rng = KeyTable(block_size), random.Random(0)
     config = TierConfig(host_blocks=2 * count)
     if peer is not None:
         config = TierConfig(peer_device=str(peer), peer_blocks=2 * count)
@@ -93,14 +94,26 @@ def promotion_rates(
 
 
 def compare(
-    model: ModelConfig, count: int, device: torch.device, peer: torch.device, layout: Layout
+    model: ModelConfig,
+    count: int,
+    device: torch.device,
+    peer: torch.device,
+    *,
+    block_size: int = BLOCK_SIZE,
+    layout: Layout = "block_major",
 ) -> dict[str, Any]:
-    """One row: links, promotions from both, what each reaches of its link, and both ratios."""
-    num_bytes = count * BLOCK_SIZE * model.kv_bytes_per_token(2)
+    """One row: links, promotions from both, what each reaches of its link, and both ratios.
+
+    Args:
+        count: blocks in one promotion, of ``block_size`` tokens each.
+        device, peer: two CUDA devices.
+    """
+    num_bytes = count * block_size * model.kv_bytes_per_token(2)
     links = link_rates(device, peer, num_bytes)
-    row: dict[str, Any] = {"MiB": num_bytes / 2**20, "blocks": count, "layout": layout}
+    row: dict[str, Any] = {"MiB": num_bytes / 2**20, "blocks": count, "block_size": block_size}
+    row["layout"] = layout
     for name, where in (("peer", peer), ("host", None)):
-        rates = promotion_rates(model, count, device, where, layout=layout)
+        rates = promotion_rates(model, count, device, where, block_size=block_size, layout=layout)
         row[f"{name}_link_GBps"] = links[name]
         row |= {f"{name}_{key}": value for key, value in rates.items()}
         row[f"{name}_of_link"] = rates["call_GBps"] / links[name]
@@ -116,13 +129,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peer", default="cuda:1")
     args = parser.parse_args(arguments)
     device, peer = torch.device(args.device), torch.device(args.peer)
-    cases: list[tuple[ModelConfig, int, Layout]] = [
-        *((LLAMA3_8B, count, "block_major") for count in (16, 64, 256, 512)),
-        (LLAMA3_8B, 256, "layer_major"),
-        (SMOLLM2_135M, 512, "block_major"),
+    cases: list[tuple[ModelConfig, int, int, Layout]] = [
+        *((LLAMA3_8B, count, 16, "block_major") for count in (16, 64, 256, 512)),
+        *((LLAMA3_8B, count, 64, "block_major") for count in (16, 64, 128)),
+        (LLAMA3_8B, 256, 16, "layer_major"),
+        (SMOLLM2_135M, 512, 16, "block_major"),
     ]
-    for model, count, layout in cases:
-        row = compare(model, count, device, peer, layout)
+    for model, count, block_size, layout in cases:
+        row = compare(model, count, device, peer, block_size=block_size, layout=layout)
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
         print(json.dumps({"model": model.architecture} | shown), flush=True)
 

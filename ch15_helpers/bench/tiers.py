@@ -31,7 +31,7 @@ BLOCK_SIZE = 16
 def fresh_keys(table: KeyTable, count: int, rng: random.Random) -> list[BlockKey]:
     """Keys that no tier has."""
     return [
-        table.intern(None, [rng.randrange(1 << 30) for _ in range(BLOCK_SIZE)])
+        table.intern(None, [rng.randrange(1 << 30) for _ in range(table.block_size)])
         for _ in range(count)
     ]
 

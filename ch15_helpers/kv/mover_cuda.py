@@ -112,9 +112,9 @@ class CudaMover:
         ids = _pairs(slots, blocks) if self.is_near(rows) else None
         begin, end = _timed_event(), _timed_event()
         with self._on(self._in):
+            there = None if ids is None else ids.to(self._device, non_blocking=True)
             begin.record(self._in)
-            if ids is not None:
-                there = ids.to(self._device, non_blocking=True)
+            if there is not None:
                 for part, first, last in self._payload.flat():
                     copy_rows(rows[:, first:last], part, there)
             elif self.direct:
