@@ -14,9 +14,11 @@ import torch
 
 from ch15_helpers.errors import TierError
 from ch15_helpers.kv import tier_disk
+from ch15_helpers.kv import tiers as tiers_module
 from ch15_helpers.kv.cache import Layout, PagedKVCache
 from ch15_helpers.kv.fingerprint import weights_fingerprint
 from ch15_helpers.kv.keys import BlockKey, KeyTable
+from ch15_helpers.kv.mover import CpuMover
 from ch15_helpers.kv.quantised import make_kv_cache
 from ch15_helpers.kv.tier_peer import PeerProcess
 from ch15_helpers.kv.tiers import TierConfig, TieredStore, Transfer
@@ -420,6 +422,23 @@ def test_memory_whose_owner_ends_is_forgotten_and_not_asked_again() -> None:
         assert transfer.ok == [False] * 12 and store.stats.faults == {"peer lost": 1}
         demote(store, keys)
         assert store.occupancy() == {"host": (0, 12)}
+
+
+def test_blocks_that_are_near_are_on_their_way_when_promote_returns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As from a peer's GPU; what is on disk still comes from the reader."""
+    monkeypatch.setattr(CpuMover, "is_near", lambda self, rows: True)
+    monkeypatch.setattr(tiers_module, "_PIECES", (2, 3))
+    below = {"disk_dir": str(tmp_path), "disk_blocks": 12}
+    with tiers(host_blocks=5, clean_fraction=1.0, **below) as (store, cache, keys, was):
+        demote(store, keys)
+        transfer = store.promote([(key, 12 + i) for i, key in enumerate(keys)])
+        assert transfer.tiers[-5:] == ["host"] * 5
+        transfer.wait()
+        assert transfer.tiers == ["disk"] * 7 + ["host"] * 5 and all(transfer.ok)
+        assert store.stats.promoted == {"disk": 7, "host": 5}
+        assert_sound(cache, transfer, was)
 
 
 def test_blocks_whose_owner_ends_while_they_are_copied_are_misses() -> None:

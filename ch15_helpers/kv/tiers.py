@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 from ch15_helpers.kv.backing import Backing
 from ch15_helpers.kv.cache import PagedKVCache
@@ -32,7 +33,7 @@ from ch15_helpers.kv.worker import Worker
 
 __all__ = ["TierConfig", "TierStats", "TieredStore", "Transfer"]
 
-_HEAD = 64  # blocks of a promotion whose copy starts before the others are looked up
+_PIECES = (64, 256)  # where a promotion is cut: one piece is looked up while another is copied
 _BATCH = 8  # blocks in one job of the worker, so that promotions do not wait for long
 
 
@@ -216,11 +217,13 @@ class TieredStore:
             self._memory.see_losses()
             fence = self._mover.fence()
             # A peer's first blocks are on their way while the others are looked up.
-            for start, stop in ((0, _HEAD), (_HEAD, len(pairs))):
+            for start, stop in pairwise((0, *_PIECES, len(pairs))):
                 some = self._hold(transfer, start, min(stop, len(pairs)), below)
                 held += some
                 self._promoter.from_memory(transfer, [e for e in some if e[1] in self._near], fence)
                 far += [e for e in some if e[1] not in self._near]
+            for _, tier, entry in held:
+                tier.index.touch(entry)
             self._in_flight.append((transfer, held))
         if far or below:
             self._reader.submit(partial(self._promoter.run, transfer, far, below, fence))
@@ -236,7 +239,6 @@ class TieredStore:
             found = self._memory.find(key)
             if found is not None:
                 tier, entry = found
-                tier.index.touch(entry)
                 tier.index.pin(entry)
                 held.append((i, tier, entry))
             elif self._backing.tier_of(key):
