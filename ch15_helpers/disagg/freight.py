@@ -29,8 +29,8 @@ class Batch:
     """Blocks ``start .. stop - 1`` of a transfer, as its message number ``number``.
 
     ``apart`` rows travel apart from their tags, as they may lie in a pool the way they travel.
-    ``early`` has the digests of pieces that arrived while others were under way; ``seen`` the tags
-    and digests that a GPU left on the host.
+    ``early`` has the digests of pieces that arrived while others were under way; ``seen`` and
+    ``partials`` the tags and the parts of digests that a GPU left on the host.
     """
 
     transfer: Transfer
@@ -41,6 +41,7 @@ class Batch:
     apart: bool
     early: dict[int, Tensor] = field(default_factory=dict)
     seen: Tensor | None = None
+    partials: Tensor | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start

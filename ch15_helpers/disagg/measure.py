@@ -43,7 +43,7 @@ from ch15_helpers.disagg.wire import LocalHub
 from ch15_helpers.errors import TransportError
 from ch15_helpers.serving.request import SamplingParams
 
-_BLOCKS = {"nccl": 256}  # of a transfer: 512 MiB, a prompt of 4096 tokens of Llama-3-8B
+_BLOCKS = {"nccl": 512}  # of a transfer: 1 GiB, a prompt of 8192 tokens of Llama-3-8B
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def measure_transport(
 
     Args:
         num_blocks: blocks of 16 tokens in a transfer: SmolLM2's of 737,280 bytes on CPUs, those of
-            Llama-3-8B of 2 MiB on GPUs. None is 96, or 256 on GPUs.
+            Llama-3-8B of 2 MiB on GPUs. None is 96, or 512 on GPUs.
         rounds: timed rounds, after two that are not.
 
     Raises:
