@@ -45,4 +45,3 @@ def copy_rows_triton(source: Tensor, target: Tensor, ids: Tensor, *, programs: i
         source, target, ids, count, source.shape[1], source.stride(0), target.stride(0),
         TILE=tile, num_warps=8,
     )  # fmt: skip
-
