@@ -69,6 +69,10 @@ def choose_way(num_rows: int, width: int, gated: bool, processors: int) -> Way |
     # 96) 41.1 and 40.4, 35.1 and 38.1; 11008 (115 of 96) 54.3 and 51.1, 47.8 and 45.8; 12288 (128
     # of 96) 58.7 and 54.2, 50.7 and 50.0; 16896 (132 of 128) 80.9 and 74.3, 68.8 and 67.4. Tiles of
     # 128 take 65.2 where those of 112 take 62.8.
+    # Plain products, their depth split over clusters of four blocks whose sums meet in shared
+    # memory, were written and not kept; cuBLAS and they, 128 and 64 rows: 4096 x 4096 13.5 and
+    # 14.5, 11.9 and 12.0; 6144 x 4096 16.5 and 20.5, 16.2 and 16.7; 4096 x 14336 37.1 and 36.5,
+    # 35.7 and 32.0. (Of 132 processors only 120 are in clusters of four at once.)
     if num_rows <= _FEW_ROWS:
         tile = few_tile(width, processors)
         fills_one = tile is not None and -(-width // tile) >= 0.8 * processors
