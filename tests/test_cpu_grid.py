@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from modelzoo import make_batch, relative_error, scrambled_tables
+from test_cpu_library import check_rows_are_independent
 from torch import Tensor
 
 from ch15_helpers import load_model
@@ -83,18 +84,7 @@ def test_more_rows_than_a_cache_holds() -> None:
 def test_a_row_depends_on_itself_alone() -> None:
     x = torch.randn(300, 576)
     packed = pack_weight(_grid_weight("q4_1", 128, 576), "grid")
-    for gated in (False, True):
-        whole = compiled_linear(x, packed, gated=gated)
-        for count in (1, 3, 8, 16, 33):
-            assert torch.equal(compiled_linear(x[:count], packed, gated=gated), whole[:count])
-        before = torch.get_num_threads()
-        torch.set_num_threads(2 if before == 1 else 1)
-        assert torch.equal(compiled_linear(x, packed, gated=gated), whole)
-        torch.set_num_threads(before)
-        spoilt = x.clone()
-        spoilt[7, 3] = float("nan")
-        out = compiled_linear(spoilt, packed, gated=gated)
-        assert out[7].isnan().all() and torch.equal(out[8:], whole[8:])
+    check_rows_are_independent(x, packed, (1, 3, 8, 16, 33))
     with pytest.raises(ValueError, match="needs float32"):
         compiled_linear(x[:, 1:], packed)
 

@@ -147,13 +147,11 @@ def test_products_against_float64(rows: int, depth: int) -> None:
         assert relative_error(gated, swiglu(expected)) < 3e-6
 
 
-@needs_library
-def test_a_row_depends_on_itself_alone() -> None:
-    """Not on the number of rows, nor on threads, nor on a NaN beside it."""
-    x, packed = torch.randn(40, 300), pack_weight(torch.randn(256, 300), "compiled")
+def check_rows_are_independent(x, packed, counts) -> None:
+    """A product's rows depend on neither their number, nor threads, nor a NaN beside them."""
     for gated in (False, True):
         whole = compiled_linear(x, packed, gated=gated)
-        for count in (1, 3, 12, 17):
+        for count in counts:
             assert torch.equal(compiled_linear(x[:count], packed, gated=gated), whole[:count])
         before = torch.get_num_threads()
         torch.set_num_threads(2 if before == 1 else 1)
@@ -163,6 +161,13 @@ def test_a_row_depends_on_itself_alone() -> None:
         spoilt[7, 3] = float("nan")
         out = compiled_linear(spoilt, packed, gated=gated)
         assert out[7].isnan().all() and torch.equal(out[8:], whole[8:])
+
+
+@needs_library
+def test_a_row_depends_on_itself_alone() -> None:
+    """Not on the number of rows, nor on threads, nor on a NaN beside it."""
+    x, packed = torch.randn(40, 300), pack_weight(torch.randn(256, 300), "compiled")
+    check_rows_are_independent(x, packed, (1, 3, 12, 17))
     with pytest.raises(ValueError, match="needs float32"):
         compiled_linear(x[:, 1:], packed)
 

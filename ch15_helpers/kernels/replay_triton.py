@@ -115,6 +115,7 @@ class _Recording:
         return self._slots[address]
 
     def replay(self, device: torch.device, addresses: list[int]) -> Tensor:
+        """Launch everything with the given tensors' addresses, which it appends to."""
         out = torch.empty(self._out_shape, dtype=self._out_dtype, device=device)
         scratch = torch.empty(self._bytes, dtype=torch.uint8, device=device)
         base = scratch.data_ptr()
